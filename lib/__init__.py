@@ -1,0 +1,33 @@
+"""AlphaPruning as a library: everything the command does, without a command line."""
+
+from .allocation import Problem, allocate
+from .config import RunConfig
+from .data import calibration_windows, evaluation_windows
+from .errors import RunError
+from .evaluate import perplexity, sparsity_by_matrix
+from .masks import Pattern
+from .model import LanguageModel, find_source, load_model, load_tokenizer
+from .pruners import PRUNERS
+from .quality import layer_quality
+from .results import save_checkpoint
+from .sequential import prune_model
+
+__all__ = [
+    "PRUNERS",
+    "LanguageModel",
+    "Pattern",
+    "Problem",
+    "RunConfig",
+    "RunError",
+    "allocate",
+    "calibration_windows",
+    "evaluation_windows",
+    "find_source",
+    "layer_quality",
+    "load_model",
+    "load_tokenizer",
+    "perplexity",
+    "prune_model",
+    "save_checkpoint",
+    "sparsity_by_matrix",
+]

@@ -1,0 +1,75 @@
+"""The exact budget: ratios to sparsities whose parameter-weighted mean is the target."""
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import RunError
+
+# No matrix is ever removed whole: the published mapping, unbounded, exceeds 1 for LLaMA-7B at S = 0.8.
+S_MIN, S_MAX = 0.0, 0.99
+
+
+def fit_budget(
+    ratios: Mapping[str, float],
+    sizes: Mapping[str, int],
+    sparsity: float,
+    s_min: float = S_MIN,
+    s_max: float = S_MAX,
+) -> dict[str, float]:
+    """s_k = clip(c * r_k, s_min, s_max) with the one c that makes sum(n_k s_k) / sum(n_k) = S, to 1e-9.
+
+    Where nothing clamps this is r_k * S * sum(n) / sum(n_k r_k), the published mapping. What clamping
+    takes from some is put back on the others in proportion to r_k n_k, until none is outside.
+    Raises RunError where no c reaches S.
+    """
+    free, fixed = set(ratios), {}
+    budget = sparsity * sum(sizes[name] for name in ratios)
+    while True:
+        left = budget - sum(fixed[name] * sizes[name] for name in fixed)
+        weight = sum(ratios[name] * sizes[name] for name in free)
+        scale = left / weight if weight > 0 else 0.0
+        over = {name for name in free if ratios[name] * scale > s_max}
+        under = {name for name in free if ratios[name] * scale < s_min}
+        if not over and not under:
+            break
+        # Fix the side that is further out first: fixing both at once could pass the solution.
+        excess = sum((ratios[name] * scale - s_max) * sizes[name] for name in over)
+        lack = sum((s_min - ratios[name] * scale) * sizes[name] for name in under)
+        bound, names = (s_max, over) if excess >= lack else (s_min, under)
+        fixed.update(dict.fromkeys(names, bound))
+        free -= names
+    result = {name: fixed[name] if name in fixed else ratios[name] * scale for name in ratios}
+    reached = sum(result[name] * sizes[name] for name in ratios)
+    if abs(reached - budget) > 1e-9 * sum(sizes[name] for name in ratios):
+        raise RunError(
+            f"--sparsity_ratio {sparsity:g}: cannot be reached with every matrix between {s_min:g} and {s_max:g}; "
+            "ask for less, or for a smaller --epsilon"
+        )
+    return result
+
+
+def round_to_pattern(
+    sparsities: Mapping[str, float],
+    sizes: Mapping[str, int],
+    units: Sequence[Sequence[str]],
+    target: float,
+    group: int,
+) -> dict[str, float]:
+    """Each unit (matrices that share one N) gets a whole number of zeros per `group` weights.
+
+    A unit starts at the whole number below its own mean sparsity; the units with the largest remainder
+    then take one more, as long as that brings the parameter-weighted mean closer to `target`. None passes
+    the bounds S_MIN and S_MAX. Returns multiples of 1/group.
+    """
+    weights = [sum(sizes[name] for name in unit) for unit in units]
+    exact = [
+        group * sum(sparsities[name] * sizes[name] for name in unit) / weight
+        for unit, weight in zip(units, weights, strict=True)
+    ]
+    zeros = [int(value + 1e-9) for value in exact]
+    missing = group * target * sum(weights) - sum(z * w for z, w in zip(zeros, weights, strict=True))
+    highest = int(S_MAX * group)
+    for i in sorted(range(len(units)), key=lambda i: zeros[i] - exact[i]):
+        if zeros[i] < highest and abs(missing - weights[i]) < abs(missing):
+            zeros[i] += 1
+            missing -= weights[i]
+    return {name: zeros[i] / group for i, unit in enumerate(units) for name in unit}

@@ -1,0 +1,97 @@
+"""The command line: flags out of RunConfig's fields, one line for an error, the log on stderr."""
+
+import argparse
+import difflib
+import logging
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from .config import RunConfig
+from .errors import RunError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, and not the usage as well."""
+        raise RunError(message.removeprefix("argument "))
+
+
+def parse(arguments: Sequence[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises RunError for anything that cannot be honoured."""
+    parser = _Parser(
+        prog="main.py", description="Layer-wise pruning of large language models (AlphaPruning).", allow_abbrev=False
+    )
+    types = typing.get_type_hints(RunConfig)
+    for item in fields(RunConfig):
+        flags = list(dict.fromkeys([*item.metadata.get("flags", ()), f"--{item.name}"]))
+        options = {"dest": item.name, "default": item.default, "help": item.metadata["help"].replace("%", "%%")}
+        if types[item.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        else:
+            # `int | None` and the like: the type that is not None
+            options["type"] = next(t for t in typing.get_args(types[item.name]) or [types[item.name]] if t is not None)
+            options["metavar"] = item.name.rpartition("_")[2].upper()
+            if item.default not in (None, ""):
+                options["help"] += f" (default: {item.default})"
+        if choices := item.metadata.get("choices"):
+            options["help"] += f"; one of: {', '.join(choices())}"
+        parser.add_argument(*flags, **options)
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        flag = rest[0].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1) if flag.startswith("-") else []
+        raise RunError(f"{flag}: belongs to no flag; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    return RunConfig(**vars(namespace))
+
+
+class _TqdmHandler(logging.StreamHandler):
+    """Log lines above the progress bar instead of across it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(quiet: bool) -> None:
+    """The project's log and bars on stderr; those of the libraries only where they load or fail."""
+    handler = _TqdmHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger(__package__)
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if quiet:
+        transformers.logging.disable_progress_bar()
+        import datasets  # takes a second to import, and most runs do without
+
+        datasets.disable_progress_bars()
+
+
+def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None) -> int:
+    """Parse, run, print what `run` returns; the command's exit status.
+
+    0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
+    """
+    try:
+        config = parse(arguments)
+        set_up_logging(config.quiet)
+        print(run(config))
+    except RunError as error:
+        print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"main.py: error: out of GPU memory; try --batch_size 1 ({str(error).split('.')[0]})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("main.py: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,188 @@
+"""RunConfig: every flag of the command, checked before any weight is read."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from .allocation import ALLOCATIONS
+from .allocation.base import MAPPINGS
+from .data import find_corpus
+from .errors import RunError
+from .masks import Pattern
+from .metrics import METRICS
+from .model import choose_device, find_source
+from .pruners import PRUNERS
+from .registry import unknown_name
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENS_AT_ONCE = 4096  # a batch of this size keeps a CPU's caches and a GPU's multiprocessors busy
+
+
+def prune_methods() -> dict[str, tuple[str, str]]:
+    """Every --prune_method to its (pruner, allocation): a pruner's name alone is uniform."""
+    methods = {pruner: (pruner, "uniform") for pruner in PRUNERS}
+    for allocation in ALLOCATIONS:
+        if allocation != "uniform":
+            methods |= {f"{pruner}_{allocation}": (pruner, allocation) for pruner in PRUNERS}
+    return methods
+
+
+def _flag(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. Each field is the flag of its name; `metadata` holds its help, choices and further spellings.
+
+    Raises RunError on construction for a value that cannot be honoured.
+    """
+
+    model: str = _flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model)")
+    prune_method: str = _flag(
+        "", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods())
+    )
+    sparsity_ratio: float | None = _flag(None, "share of the prunable weights to remove, in [0, 1)")
+    sparsity_type: str = _flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
+    use_variant: bool = _flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
+    ww_metric: str = _flag(
+        "alpha_peak", "metric of layer quality for *_ww", flags=("--WW_metric",), choices=lambda: list(METRICS)
+    )
+    ww_metric_cache: str | None = _flag(
+        None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
+    )
+    epsilon: float = _flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1]")
+    mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
+    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
+    nsamples: int = _flag(128, "calibration windows")
+    seqlen: int | None = _flag(None, "tokens a window (default: 2048, or the model's limit)")
+    seed: int = _flag(0, "seed of the calibration windows")
+    eval_wikitext: bool = _flag(True, "report perplexity on --eval_data")
+    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, or a path")
+    eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
+    eval_dense: bool = _flag(False, "also evaluate before pruning")
+    eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
+    batch_size: int | None = _flag(None, f"windows a forward pass (default: {TOKENS_AT_ONCE} tokens)")
+    device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
+    dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
+    cache_dir: str = _flag("llm_weights", "folder for downloaded models and metric values")
+    trust_remote_code: bool = _flag(False, "allow code that comes with a model from the hub")
+    save: str = _flag("results", "folder for results")
+    save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
+    quiet: bool = _flag(False, "no log and no progress bars")
+
+    def __post_init__(self):
+        for name in ("model", "prune_method"):
+            if not getattr(self, name):
+                raise RunError(f"--{name}: is missing")
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if choices and value not in choices():
+                raise unknown_name(flag_of(item), value, choices())
+        self._check_numbers()
+        self._check_pattern()
+        self._check_combinations()
+        choose_device(self.device)
+        if PRUNERS[self.pruner].needs != "nothing":
+            find_corpus("--calib_data", self.calib_data)
+        if self.eval_wikitext:
+            find_corpus("--eval_data", self.eval_data)
+        find_source(self.model, self.cache_dir, self.trust_remote_code)
+
+    def _check_numbers(self) -> None:
+        ratio = self.sparsity_ratio
+        if ratio is not None and not 0 <= ratio < 1:
+            raise RunError(f"--sparsity_ratio {ratio:g}: must lie in [0, 1), the share of weights to remove")
+        if not 0 <= self.epsilon <= 1:
+            raise RunError(f"--epsilon {self.epsilon:g}: must lie in [0, 1]")
+        for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RunError(f"--{name} {value}: must be at least {least}")
+
+    def _check_pattern(self) -> None:
+        pattern, ratio = Pattern.parse(self.sparsity_type)
+        given = self.sparsity_ratio
+        if ratio is None:
+            if given is None:
+                raise RunError("--sparsity_ratio: is missing; give the share of weights to remove, such as 0.7")
+        elif given is not None:
+            # With an allocation, M is the flag's and N the nearest to the mean: only a contradiction is refused.
+            allowed = 1e-6 if self.allocation == "uniform" else 1 / pattern.group - 1e-6
+            if abs(given - ratio) > allowed:
+                raise RunError(
+                    f"--sparsity_ratio {given:g}: contradicts --sparsity_type {self.sparsity_type}, which removes "
+                    f"{ratio:g}; leave the ratio out or choose another N:M"
+                )
+
+    def _check_combinations(self) -> None:
+        if self.eval_zero_shot:
+            raise RunError("--eval_zero_shot: is not available yet; leave it out (perplexity is reported)")
+        if self.use_variant and PRUNERS[self.pruner].variant is None:
+            known = ", ".join(name for name in PRUNERS if PRUNERS[name].variant)
+            raise RunError(f"--use_variant: --prune_method {self.prune_method} has no variant; only {known} has")
+        if self.use_variant and self.sparsity_type != "unstructured":
+            raise RunError(f"--use_variant: is not defined for --sparsity_type {self.sparsity_type}")
+        if self.eval_dense and not self.eval_wikitext:
+            raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
+
+    @property
+    def pruner(self) -> str:
+        return prune_methods()[self.prune_method][0]
+
+    @property
+    def allocation(self) -> str:
+        return prune_methods()[self.prune_method][1]
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.sparsity_type)[0]
+
+    @property
+    def sparsity(self) -> float:
+        """The target S: --sparsity_ratio, or N/M where it is left out."""
+        return self.sparsity_ratio if self.sparsity_ratio is not None else Pattern.parse(self.sparsity_type)[1]
+
+    def without_effect(self) -> list[str]:
+        """Flags that were changed from their default but that this method does not read."""
+        unread = []
+        if not ALLOCATIONS[self.allocation].needs_scores:
+            unread += ["ww_metric", "ww_metric_cache", "epsilon", "mapping_type"]
+        if PRUNERS[self.pruner].needs == "nothing":
+            unread += ["calib_data", "nsamples"]
+        if not self.eval_wikitext:
+            unread += ["eval_data", "eval_windows"]
+        return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
+
+    def window(self, limit: int | None) -> int:
+        """Tokens a window for a model made for at most `limit`."""
+        if self.seqlen is None:
+            return min(2048, limit or 2048)
+        if limit and self.seqlen > limit:
+            raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
+        return self.seqlen
+
+    def batch(self, seqlen: int) -> int:
+        """Windows a forward pass."""
+        return self.batch_size or max(1, TOKENS_AT_ONCE // seqlen)
+
+    @property
+    def run_name(self) -> str:
+        """Readable, and unique to what decides the result: the end is a digest of those flags."""
+        parts = [self.prune_method, f"{self.sparsity:g}"]
+        if self.sparsity_type != "unstructured":
+            parts.append(self.sparsity_type.replace(":", "of"))
+        if ALLOCATIONS[self.allocation].needs_scores:
+            parts += [self.ww_metric, f"eps{self.epsilon:g}"]
+        elsewhere = ("cache_dir", "ww_metric_cache", "save", "save_model", "quiet", "eval_dense")
+        deciding = {name: value for name, value in asdict(self).items() if name not in elsewhere}
+        if Path(self.model).exists():
+            deciding["model"] = str(Path(self.model).resolve())
+        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+        return "-".join([*parts, f"seed{self.seed}", digest])
+
+
+def flag_of(item) -> str:
+    """The spelling of a field's flag that messages use: the published one."""
+    return item.metadata.get("flags", (f"--{item.name}",))[0]

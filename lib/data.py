@@ -1,0 +1,158 @@
+"""Text to windows of tokens, for calibration and for evaluation.
+
+The protocols are those of GPTQ, SparseGPT, Wanda and AlphaPruning, so that perplexities compare with theirs.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import RunError
+from .registry import unknown_name
+
+SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+C4_MISSES = 10_000  # documents in a row that may be too short before c4 is given up
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """rows(split) -> texts, split being "calibration" or "evaluation"; and what joins each split's rows."""
+
+    rows: Callable[[str], list[str]]
+    calibration_join: str = " "
+    evaluation_join: str = "\n\n"
+    by_document: bool = False  # calibration windows each from a document of its own
+
+
+def calibration_windows(name: str, tokenizer, *, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """`nsamples` windows of `seqlen` tokens cut at random from a corpus; (nsamples, seqlen), int64.
+
+    The corpus is joined with a space and tokenised once; window k begins at the k-th
+    randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
+    document that is longer than it. Raises RunError where the corpus is too short.
+    """
+    corpus, rng = find_corpus("--calib_data", name), random.Random(seed)
+    rows = _read("--calib_data", name, corpus, "calibration")
+    if corpus.by_document:
+        windows = [_window_of_long_document(rows, tokenizer, seqlen, rng) for _ in range(nsamples)]
+        return torch.stack(windows)
+    tokens = _tokenize(tokenizer, corpus.calibration_join.join(rows))
+    if len(tokens) <= seqlen:
+        raise RunError(f"--calib_data {name}: has {len(tokens)} tokens, not more than one window of --seqlen {seqlen}")
+    starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(name: str, tokenizer, *, seqlen: int, limit: int | None = None) -> Tensor:
+    """The corpus joined (two newlines), tokenised once and cut into whole windows; (windows, seqlen), int64.
+
+    What is left at the end is dropped; `limit` keeps the first windows only. Raises RunError where there are
+    fewer windows than asked for, or none.
+    """
+    corpus = find_corpus("--eval_data", name)
+    tokens = _tokenize(tokenizer, corpus.evaluation_join.join(_read("--eval_data", name, corpus, "evaluation")))
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise RunError(f"--eval_data {name}: has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
+    if limit is not None and limit > count:
+        raise RunError(f"--eval_windows {limit}: --eval_data {name} has only {count} windows of {seqlen} tokens")
+    return tokens[: count * seqlen].view(count, seqlen)[:limit]
+
+
+def find_corpus(flag: str, name: str) -> Corpus:
+    """The corpus of that name or path; RunError naming `flag` where there is none. Reads no text."""
+    if name in CORPORA:
+        return CORPORA[name]
+    path = Path(name)
+    if path.is_dir() or path.suffix in SUFFIXES:
+        if not path.exists():
+            raise RunError(f"{flag} {name}: no such file")
+        # A .txt is one row and so used verbatim, whatever would join it.
+        return Corpus(lambda split: _local_rows(flag, path, split))
+    if path.exists():
+        raise RunError(f"{flag} {name}: a file must end in one of {', '.join(SUFFIXES)}")
+    raise unknown_name(flag, name, [*CORPORA, "a path to a " + ", ".join(SUFFIXES) + " or a saved data set"])
+
+
+def _read(flag: str, name: str, corpus: Corpus, split: str) -> list[str]:
+    """The corpus's rows; whatever keeps a library from reading it ends in one line."""
+    try:
+        return corpus.rows(split)
+    except RunError:
+        raise
+    except Exception as error:  # datasets, pyarrow, httpx and the hub client have no common base class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        offline = "" if Path(name).exists() else "; offline, give a local file or 'pydoc'"
+        raise RunError(f"{flag} {name}: cannot be read ({reason[:300]}){offline}") from error
+
+
+def _hub_rows(path: str, column: str, splits: dict[str, str], **options) -> Callable[[str], list[str]]:
+    def rows(split: str) -> list[str]:
+        from datasets import load_dataset  # takes a second to import, and local texts do without
+
+        return load_dataset(path, split=splits[split], **options)[column]
+
+    return rows
+
+
+def _c4_rows(split: str) -> Iterable[str]:
+    files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    part = {"calibration": "train", "evaluation": "validation"}[split]
+    return _hub_rows("allenai/c4", "text", {split: part}, data_files={part: files[part]})(split)
+
+
+def _pydoc_rows(split: str) -> list[str]:
+    """The language reference inside every CPython: topics in alphabetical order, every other one to each part."""
+    from pydoc_data.topics import topics
+
+    part = {"calibration": 0, "evaluation": 1}[split]
+    return [topics[name] for name in sorted(topics)[part::2]]
+
+
+def _local_rows(flag: str, path: Path, split: str) -> list[str]:
+    if path.suffix == ".txt":
+        return [path.read_text(encoding="utf-8")]
+    import datasets
+
+    if path.is_dir():
+        data = datasets.load_from_disk(str(path))
+        if isinstance(data, datasets.DatasetDict):
+            part = "train" if split == "calibration" else "test"
+            if part not in data:
+                raise RunError(f"{flag} {path}: has no split '{part}', only {', '.join(data)}")
+            data = data[part]
+    else:
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        data = datasets.load_dataset(kind, data_files=str(path), split="train")
+    if "text" not in data.column_names:
+        raise RunError(f"{flag} {path}: has no column 'text', only {', '.join(data.column_names)}")
+    return data["text"]
+
+
+def _tokenize(tokenizer, text: str) -> Tensor:
+    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def _window_of_long_document(rows: list[str], tokenizer, seqlen: int, rng: random.Random) -> Tensor:
+    for _ in range(C4_MISSES):
+        tokens = _tokenize(tokenizer, rows[rng.randint(0, len(rows) - 1)])
+        if len(tokens) > seqlen:
+            start = rng.randint(0, len(tokens) - seqlen - 1)
+            return tokens[start : start + seqlen]
+    raise RunError(f"--calib_data c4: none of {C4_MISSES} documents is longer than --seqlen {seqlen}")
+
+
+_WIKITEXT2 = {"calibration": "train", "evaluation": "test"}
+
+CORPORA: dict[str, Corpus] = {
+    "c4": Corpus(_c4_rows, evaluation_join=" ", by_document=True),
+    "wikitext2": Corpus(_hub_rows("Salesforce/wikitext", "text", _WIKITEXT2, name="wikitext-2-raw-v1")),
+    "ptb": Corpus(
+        _hub_rows("ptb-text-only/ptb_text_only", "sentence", _WIKITEXT2, name="penn_treebank"), evaluation_join=" "
+    ),
+    "pydoc": Corpus(_pydoc_rows),
+}

@@ -1,0 +1,49 @@
+"""Perplexity and measured sparsity."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import RunError
+from .model import LanguageModel
+from .progress import progress
+
+LOGITS_AT_ONCE = 2**25  # elements: 128 MiB of float32
+
+
+@torch.no_grad()
+def perplexity(model: LanguageModel, windows: Tensor, *, batch_size: int = 1, what: str = "perplexity") -> float:
+    """exp of the mean negative log-likelihood of tokens 2..seqlen of each window (the protocol of GPTQ).
+
+    windows (windows, seqlen) token ids. Logits exist for a chunk of positions at a time, never for a window.
+    Raises RunError where the result is not finite.
+    """
+    total = 0.0
+    with progress(None, what, "window", total=len(windows)) as bar:
+        for batch in windows.split(batch_size):
+            total += _negative_log_likelihood(model, batch)
+            bar.update(len(batch))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    if not math.isfinite(mean):
+        raise RunError(f"perplexity: the model's loss is {mean} ({what}); try --dtype float32 or bfloat16")
+    return math.exp(mean)
+
+
+def _negative_log_likelihood(model: LanguageModel, tokens: Tensor) -> float:
+    """Summed over the predicted tokens of a batch (B, S), in nats."""
+    hidden = model.hidden_states(tokens)[:, :-1]  # (B, S-1, d) predict tokens[:, 1:]
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, LOGITS_AT_ONCE // (vocabulary * len(tokens)))
+    total = 0.0
+    for begin in range(0, hidden.shape[1], chunk):
+        logits = model.logits(hidden[:, begin : begin + chunk])  # (B, chunk, vocabulary)
+        targets = tokens[:, 1 + begin : 1 + begin + logits.shape[1]].to(logits.device)
+        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
+    return total
+
+
+def sparsity_by_matrix(model: LanguageModel) -> dict[str, float]:
+    """The share of zeros in each prunable matrix, counted."""
+    return {m.name: 1 - int(m.weight.count_nonzero()) / m.size for m in model.matrices}

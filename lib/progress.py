@@ -1,0 +1,14 @@
+"""One progress bar for every long step: on a terminal only, and not with --quiet."""
+
+import logging
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+def progress(steps: Iterable | None, what: str, unit: str, total: int | None = None) -> tqdm:
+    """A tqdm bar over `steps` (or to be advanced by hand to `total`) saying what is being done."""
+    silent = None if log.isEnabledFor(logging.INFO) else True  # None: tqdm shows the bar on a terminal only
+    return tqdm(steps, desc=what, unit=unit, total=total, disable=silent)

@@ -1,0 +1,44 @@
+"""What a pruner is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..masks import Pattern, lowest_of_groups
+from ..registry import Registry
+from ..stats import NEEDS, InputStats
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """prune(weight (out, in), stats, sparsity, pattern) -> pruned (out, in), same device and dtype.
+
+    The weight passed in is never changed. `needs` is what the pruner reads of its `InputStats`; with
+    "nothing" no calibration is run and stats is None. `variant` is the pruner that --use_variant selects.
+    """
+
+    prune: Callable[[Tensor, InputStats | None, float, Pattern], Tensor]
+    needs: str
+    variant: "Pruner | None" = None
+
+    def __post_init__(self):
+        if self.needs not in NEEDS:
+            raise ValueError(f"needs must be one of {NEEDS}, not {self.needs!r}")
+
+
+PRUNERS: Registry[Pruner] = Registry("--prune_method")
+
+
+def pruner(name: str, *, needs: str, variant: Pruner | None = None):
+    """Register a function with `Pruner.prune`'s signature as the pruner `name`."""
+    return PRUNERS.register(name, lambda function: Pruner(function, needs, variant))
+
+
+def mask_of(
+    scores: Tensor, sparsity: float, pattern: Pattern, unstructured: Callable[[Tensor, float], Tensor]
+) -> Tensor:
+    """The weights to remove: by `unstructured(scores, sparsity)`, or N of every M where the pattern asks."""
+    if pattern.group is None:
+        return unstructured(scores, sparsity)
+    return lowest_of_groups(scores, pattern.zeros(sparsity), pattern.group)

@@ -1,0 +1,38 @@
+"""The metric of every matrix, from the cache where it is there."""
+
+import logging
+
+from .esd import DegenerateSpectrum, Spectrum
+from .errors import RunError
+from .metrics import METRICS
+from .model import LanguageModel
+from .progress import progress
+
+log = logging.getLogger(__name__)
+
+
+def layer_quality(model: LanguageModel, metric: str, *, events: list[dict] | None = None) -> dict[str, float]:
+    """Score of each matrix under the metric `metric`, by name, in module order.
+
+    A matrix without a spectrum to fit (zero, rank one ...) gets the mean of the others of its block, or of all
+    where there are none; this is appended to `events`. Raises RunError where no matrix has a score.
+    """
+    score, scored, failed = METRICS[metric].score, {}, []
+    with progress(model.matrices, metric, "matrix") as bar:
+        for matrix in bar:
+            bar.set_postfix_str(matrix.name, refresh=False)
+            try:
+                scored[matrix.name] = score(Spectrum(matrix.weight))
+            except DegenerateSpectrum as error:
+                failed.append((matrix, str(error)))
+    if not scored:
+        raise RunError(f"--WW_metric {metric}: is defined for no matrix of {model.name}: {failed[0][1]}")
+    result = dict(scored)
+    for matrix, reason in failed:
+        peers = [scored[m.name] for m in model.matrices_of(matrix.block) if m.name in scored] or list(scored.values())
+        message = f"{metric} is undefined ({reason}); scored as the mean of its block"
+        log.warning("%s: %s", matrix.name, message)
+        if events is not None:
+            events.append({"matrix": matrix.name, "message": message})
+        result[matrix.name] = sum(peers) / len(peers)
+    return {matrix.name: result[matrix.name] for matrix in model.matrices}

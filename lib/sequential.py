@@ -1,0 +1,267 @@
+"""The one loop over blocks: capture, collect, hand over, propagate (METHODS: Wanda, SparseGPT, sequentially).
+
+Every block is called with exactly the arguments the model itself passed to it, captured once for each batch.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .errors import RunError
+from .masks import Pattern
+from .model import LanguageModel, Matrix, matrix_inputs, replaced_forward
+from .progress import progress
+from .pruners import PRUNERS, Pruner
+from .stats import InputStats
+from .stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 16
+
+
+def prune_model(
+    model: LanguageModel,
+    pruner: Pruner,
+    targets: dict[str, float],
+    pattern: Pattern,
+    windows: Tensor | None = None,
+    *,
+    batch_size: int = 1,
+    clock: Stopwatch | None = None,
+    events: list[dict] | None = None,
+) -> None:
+    """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
+
+    windows (nsamples, seqlen) token ids; not read by a pruner that needs nothing of its input. Retries and
+    fallbacks are appended to `events`. Raises RunError with the matrix's name for NaN or infinity.
+    """
+    clock, events = clock or Stopwatch(), [] if events is None else events
+    for block, matrices, stats in walk(model, windows, pruner.needs, batch_size=batch_size, clock=clock):
+        share = sum(targets[m.name] * m.size for m in matrices) / max(1, sum(m.size for m in matrices))
+        log.info("block %d of %d: pruning %d matrices to %.4f", block + 1, len(model.blocks), len(matrices), share)
+        with clock("prune"):
+            for matrix in matrices:
+                _prune_matrix(matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, events)
+
+
+def _prune_matrix(
+    matrix: Matrix, pruner: Pruner, stats: InputStats | None, target: float, pattern: Pattern, events: list[dict]
+) -> None:
+    def note(message: str) -> None:
+        log.warning("%s: %s", matrix.name, message)
+        events.append({"matrix": matrix.name, "message": message})
+
+    if stats is not None and not stats.sum_squares.isfinite().all():
+        raise RunError(f"{matrix.name}: its calibration input holds NaN or infinity; try --dtype float32 or bfloat16")
+    if stats is None and pruner.needs != "nothing":
+        note("saw no calibration token; pruned by magnitude")
+        pruner = PRUNERS["magnitude"]
+    try:
+        weight = pruner.prune(matrix.weight, stats, target, pattern)
+    except RunError as error:
+        raise RunError(f"{matrix.name}: {error}") from error
+    finally:
+        while stats is not None and stats.events:
+            note(stats.events.pop(0))
+    if not weight.isfinite().all():
+        raise RunError(f"{matrix.name}: holds NaN or infinity after pruning; try --dtype float32 or bfloat16")
+    matrix.write(weight)
+
+
+def walk(
+    model: LanguageModel, windows: Tensor | None, needs: str, *, batch_size: int = 1, clock: Stopwatch | None = None
+) -> Iterator[tuple[int, list[Matrix], dict[str, InputStats]]]:
+    """Yield (block, its matrices, statistics of their inputs by name), from the first block to the last.
+
+    Whoever iterates may change the block's weights; the next block's inputs come from the changed block.
+    A matrix that saw no token has no statistics. With needs "nothing" no token is run and none has any.
+    """
+    clock = clock or Stopwatch()
+    stream = None
+    if needs != "nothing":
+        with clock("calibrate"):
+            stream = Stream(model, windows, batch_size)
+    with progress(range(len(model.blocks)), "blocks", "block") as bar:
+        for block in bar:
+            matrices, stats = model.matrices_of(block), {}
+            if stream is not None:
+                bar.set_description("statistics")
+                with clock("calibrate"), clock("statistics"):
+                    stats = stream.collect(block, matrices, needs)
+            bar.set_description("pruning")
+            yield block, matrices, stats
+            if stream is not None and block + 1 < len(model.blocks):
+                bar.set_description("propagation")
+                with clock("calibrate"), clock("propagation"):
+                    stream.advance(block)
+
+
+class Stream:
+    """The calibration windows on their way through the blocks: one hidden state a batch, updated in place.
+
+    Making one checks, on a few tokens, that the blocks called one by one give what the model's own forward
+    gives, and raises RunError for a model of which that is not true.
+    """
+
+    def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int):
+        self.model = model
+        self._check(windows[:1, :PROBE_TOKENS])
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[tuple[tuple, dict]]] = []  # [batch][block] -> arguments beside the hidden state
+        for batch in windows.split(batch_size):
+            hidden, calls = self._capture(batch)
+            self.hidden.append(hidden)
+            self.calls.append(_share(calls, self.calls[0]) if self.calls else calls)
+
+    @torch.no_grad()
+    def _check(self, tokens: Tensor) -> None:
+        """Run the model on a few tokens; keep each block's kind of output; replay and compare the last one."""
+        outputs: list = [None] * len(self.model.blocks)
+        with ExitStack() as stack:
+            for i, block in enumerate(self.model.blocks):
+                keep = block.register_forward_hook(lambda _m, _a, out, i=i: outputs.__setitem__(i, out))
+                stack.callback(keep.remove)
+            self.model.hidden_states(tokens)
+        self._tails = [out[1:] if isinstance(out, tuple) else None for out in outputs]
+        hidden, calls = self._capture(tokens)
+        for block, call in zip(self.model.blocks, calls, strict=True):
+            hidden = _hidden_of(_call(block, hidden, call))
+        if not torch.allclose(hidden, _hidden_of(outputs[-1]), rtol=1e-2, atol=1e-3):
+            raise RunError(
+                f"--model {self.model.name}: {type(self.model.model).__name__} cannot be pruned block by block: its "
+                "blocks called one after the other do not give what the whole model gives; prune it with magnitude"
+            )
+
+    @torch.no_grad()
+    def _capture(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
+        """The first block's input and every block's other arguments, each block passing its input through."""
+        first: list[Tensor] = []
+        calls: list[tuple[tuple, dict]] = []
+
+        class Captured(Exception):
+            """Ends the forward at the last block: the norm and head after it are not wanted."""
+
+        def recorder(tail):
+            def forward(*args, **kwargs):
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if not first:
+                    first.append(hidden)
+                calls.append((args[1:], kwargs))
+                if len(calls) == len(self.model.blocks):
+                    raise Captured
+                return hidden if tail is None else (hidden, *tail)
+
+            return forward
+
+        with ExitStack() as stack:
+            for block, tail in zip(self.model.blocks, self._tails, strict=True):
+                stack.enter_context(replaced_forward(block, recorder(tail)))
+            try:
+                self.model.hidden_states(tokens)
+            except Captured:
+                pass
+        return first[0], calls
+
+    @torch.no_grad()
+    def collect(self, block: int, matrices: list[Matrix], needs: str) -> dict[str, InputStats]:
+        """Run every batch through the block as it stands and return its inputs' statistics by matrix name."""
+        collector = Collector(matrices, needs)
+        module = self.model.blocks[block]
+        for hidden, calls in zip(self.hidden, self.calls, strict=True):
+            with collector.batch(module):
+                _call(module, hidden, calls[block])
+        return collector.finish()
+
+    @torch.no_grad()
+    def advance(self, block: int) -> None:
+        """Replace every batch's hidden state by the block's output."""
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = _hidden_of(_call(self.model.blocks[block], hidden, self.calls[i][block]))
+
+
+def _call(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]):
+    args, kwargs = call
+    return block(hidden, *args, **kwargs)
+
+
+def _hidden_of(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _share(new, old):
+    """`new` with every tensor that equals its counterpart in `old` replaced by it: batches share their masks."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
+        return old if same else new
+    if type(new) is not type(old):
+        return new
+    if isinstance(new, dict):
+        return {key: _share(value, old.get(key)) for key, value in new.items()}
+    if type(new) in (list, tuple) and len(new) == len(old):
+        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
+    return new
+
+
+class Collector:
+    """Gathers the statistics of one block's inputs from its forward passes.
+
+    Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
+    lies behind its last matrix's input is not computed: nobody reads it here.
+    """
+
+    def __init__(self, matrices: list[Matrix], needs: str):
+        self.needs = needs
+        self.stats: dict[str, InputStats] = {}
+        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
+        self._modules = list(dict.fromkeys(m.module for m in matrices))
+        self._order: list[nn.Module] = []  # in which the current batch reached the modules
+        self._last: nn.Module | None = None  # the module at which a pass may end, once known
+        self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
+
+    class _Done(Exception):
+        pass
+
+    @contextmanager
+    def batch(self, block: nn.Module):
+        """While one batch runs through `block`."""
+        self._order.clear()
+        self._seen.clear()
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
+            try:
+                yield
+            except Collector._Done:
+                return
+        # The first whole pass tells the order; a pass may end early only where each module was reached just once.
+        if self._last is None and sorted(map(id, self._order)) == sorted(map(id, self._modules)):
+            self._last = self._order[-1]
+
+    def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._order.append(module)
+        for parameter, expert, x in matrix_inputs(module, args, kwargs):
+            name = self._names.get((module, parameter, expert))
+            if name is not None and x.numel():
+                self._add(name, x)
+        if module is self._last and len(self._order) == len(self._modules):
+            raise Collector._Done
+
+    def _add(self, name: str, x: Tensor) -> None:
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        if key in self._seen:
+            self.stats.setdefault(name, self._seen[key][1])
+            return
+        stats = self.stats.setdefault(name, InputStats(self.needs))
+        stats.add(x)
+        self._seen[key] = (x, stats)
+
+    def finish(self) -> dict[str, InputStats]:
+        self._seen.clear()
+        for stats in set(self.stats.values()):
+            stats.finish()
+        return self.stats

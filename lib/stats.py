@@ -1,0 +1,66 @@
+"""What calibration remembers of the tensor that a matrix reads."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# How much a pruner or metric wants to know of its input, from least to most.
+NEEDS = ("nothing", "diagonal", "gram")
+
+
+class InputStats:
+    """Sums over the calibration tokens X (tokens, in) of one tensor, in float32.
+
+    tokens       rows of X seen so far
+    sum_squares  (in,)     diagonal of X^T X
+    gram         (in, in)  X^T X, only where `needs` is "gram"; else None
+
+    One object serves every matrix that reads the tensor, and so does all that is derived from it.
+    """
+
+    def __init__(self, needs: str):
+        if needs not in NEEDS[1:]:
+            raise ValueError(f"needs must be one of {NEEDS[1:]}, not {needs!r}")
+        self.needs = needs
+        self.tokens = 0
+        self.sum_squares: Tensor | None = None
+        self.gram: Tensor | None = None
+        self.events: list[str] = []  # retries and fallbacks met while using these statistics
+        self._derived: dict[Callable, object] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens x (..., in)."""
+        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
+        self.tokens += x.shape[0]
+        if self.needs == "gram":
+            if self.gram is None:
+                self.gram = x.new_zeros(x.shape[1], x.shape[1])
+            add_gram(self.gram, x)
+            self.sum_squares = self.gram.diagonal()
+        else:
+            if self.sum_squares is None:
+                self.sum_squares = x.new_zeros(x.shape[1])
+            self.sum_squares += x.square().sum(0)
+
+    def finish(self) -> None:
+        """Call once all tokens are in: completes the symmetric matrix."""
+        if self.gram is not None:
+            self.gram.copy_(self.gram.triu() + self.gram.triu(1).T)
+
+    def derive(self, function: Callable[["InputStats"], object]) -> object:
+        """`function(self)`, computed once however many matrices ask for it."""
+        if function not in self._derived:
+            self._derived[function] = function(self)
+        return self._derived[function]
+
+
+def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
+    """gram += x^T x on the upper triangle, in column blocks: 5/8 of the full product's arithmetic.
+
+    gram (in, in), x (tokens, in). What lies below the diagonal blocks is left alone.
+    """
+    width = max(256, -(-x.shape[1] // blocks))
+    for begin in range(0, x.shape[1], width):
+        end = min(begin + width, x.shape[1])
+        gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
