@@ -106,11 +106,21 @@ def _c4_rows(split: str) -> Iterable[str]:
 
 
 def _pydoc_rows(split: str) -> list[str]:
-    """The language reference inside every CPython: topics in alphabetical order, every other one to each part."""
+    """The language reference inside every CPython: its topics in alphabetical order, every other one to each part.
+
+    Some topics hold others, or parts of them, so evaluation leaves out every paragraph that calibration has.
+    """
     from pydoc_data.topics import topics
 
-    part = {"calibration": 0, "evaluation": 1}[split]
-    return [topics[name] for name in sorted(topics)[part::2]]
+    def key(paragraph: str) -> str:
+        return " ".join(paragraph.split())
+
+    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    calibration = texts[0::2]
+    if split == "calibration":
+        return calibration
+    seen = {key(paragraph) for text in calibration for paragraph in text.split("\n\n")}
+    return ["\n\n".join(p for p in text.split("\n\n") if key(p) not in seen) for text in texts[1::2]]
 
 
 def _local_rows(flag: str, path: Path, split: str) -> list[str]:

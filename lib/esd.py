@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class DegenerateSpectrum(ValueError):
+class DegenerateSpectrumError(ValueError):
     """The matrix has no spectrum that a power law could be fitted to (zero, rank one, orthogonal ...)."""
 
 
@@ -70,12 +70,12 @@ class Spectrum:
     def best_fit(self, candidates: Tensor) -> Fit:
         """The candidate tail start with finite alpha > 1 and the smallest KS distance.
 
-        candidates (c,) indices into the eigenvalues. Raises DegenerateSpectrum where there is none.
+        candidates (c,) indices into the eigenvalues. Raises DegenerateSpectrumError where there is none.
         """
         hill = self.hill[candidates]
         candidates = candidates[(hill > 1) & hill.isfinite()]
         if not len(candidates):
-            raise DegenerateSpectrum("no power law can be fitted: the spectrum has no tail with distinct eigenvalues")
+            raise DegenerateSpectrumError("no power law can be fitted: the tail holds no distinct eigenvalues")
         distances = self.ks_distances(candidates)
         best = int(distances.argmin())
         i = int(candidates[best])
@@ -91,7 +91,7 @@ class Spectrum:
         """Left edge of the fullest of 100 equal bins of log10(eigenvalues), as an eigenvalue."""
         logs = self.eigenvalues.log10()
         if not len(logs) or logs[0] == logs[-1]:
-            raise DegenerateSpectrum("no histogram can be drawn: fewer than two distinct eigenvalues above zero")
+            raise DegenerateSpectrumError("no histogram can be drawn: fewer than two distinct eigenvalues above zero")
         low, high = float(logs[0]), float(logs[-1])
         counts = torch.histc(logs, bins=100, min=low, max=high)
         return 10 ** (low + int(counts.argmax()) * (high - low) / 100)

@@ -45,7 +45,7 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
 
     scores (rows, columns); counts one number, or (rows,) of them. Returns bool (rows, columns).
     """
-    rows, columns = scores.shape
+    rows = len(scores)
     counts = torch.as_tensor(counts, device=scores.device).expand(rows)
     if rows == 0 or int(counts.max()) == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -75,7 +75,7 @@ def lowest_of_rows(scores: Tensor, sparsity: float) -> Tensor:
     Every row loses floor(sparsity * columns), as in Wanda. What that leaves of the matrix's own target
     (less than one weight a row) is taken one weight a row, from the rows whose next score is lowest.
     """
-    rows, columns = scores.shape
+    rows = len(scores)
     base, extra = divmod(round(sparsity * scores.numel()), rows)
     counts = torch.full((rows,), base, device=scores.device)
     if extra:

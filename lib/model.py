@@ -84,10 +84,14 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
     try:
         return auto_class.from_pretrained(source.path, **source.options, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        if "trust_remote_code" in reason:
+            raise RunError(
+                f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
+            ) from error
         local = source.gguf or Path(source.path).is_dir()
         route = "" if local else "; offline, give a local folder, a .gguf file or 'smollm2'"
-        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason}{route}") from error
+        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
 
 
 def load_config(source: Source):
@@ -197,10 +201,9 @@ class LanguageModel:
             matrices, uncovered = _find_matrices(block, f"{prefix}.{index}", index)
             self.matrices += matrices
             self.uncovered += uncovered
-        # The part of the model between tokens and the last hidden state: its child that holds the blocks.
-        holders = [child for child_name, child in model.named_children() if f"{prefix}.".startswith(f"{child_name}.")]
-        self.body = holders[0]
-        if self.body is self.blocks:
+        # The part of the model between tokens and the last hidden state: the module that holds the blocks.
+        self.body = model.get_submodule(prefix.rpartition(".")[0])
+        if self.body is model:
             raise RunError(f"--model {self.name}: {type(model).__name__} has no body apart from its head")
 
     @property
@@ -264,6 +267,12 @@ class LanguageModel:
             if not matrix.weight.isfinite().all():
                 raise RunError(f"--model {self.name}: {matrix.name} holds NaN or infinity")
 
+    @cached_property
+    def _output_class(self) -> type:
+        """What the body returns, learnt from one token: the head's code may ask it for more than hidden states."""
+        with torch.no_grad():
+            return type(self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False))
+
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Last hidden state of token ids (B, S), after the final norm and before the head; (B, S, d)."""
@@ -276,10 +285,18 @@ class LanguageModel:
         Whatever the model does around its head (scaling, soft caps) is done by its own forward, which finds
         `hidden` where its body's output would be.
         """
-        output = transformers.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=hidden)
+        output, asked = self._output_class(last_hidden_state=hidden), []
+
+        def body(*args, **kwargs):
+            asked.append(True)
+            return output
+
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with replaced_forward(self.body, lambda *args, **kwargs: output):
-            return self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        with replaced_forward(self.body, body):
+            logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        if not asked:
+            raise RuntimeError(f"{type(self.model).__name__} computes logits without its {type(self.body).__name__}")
+        return logits
 
 
 def window_limit(config) -> int | None:

@@ -2,8 +2,8 @@
 
 import logging
 
-from .esd import DegenerateSpectrum, Spectrum
 from .errors import RunError
+from .esd import DegenerateSpectrumError, Spectrum
 from .metrics import METRICS
 from .model import LanguageModel
 from .progress import progress
@@ -23,7 +23,7 @@ def layer_quality(model: LanguageModel, metric: str, *, events: list[dict] | Non
             bar.set_postfix_str(matrix.name, refresh=False)
             try:
                 scored[matrix.name] = score(Spectrum(matrix.weight))
-            except DegenerateSpectrum as error:
+            except DegenerateSpectrumError as error:
                 failed.append((matrix, str(error)))
     if not scored:
         raise RunError(f"--WW_metric {metric}: is defined for no matrix of {model.name}: {failed[0][1]}")

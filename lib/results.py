@@ -154,11 +154,11 @@ def append_result(config: RunConfig, record: dict) -> None:
     """One line for the run at the end of results.tsv."""
     path, perplexity = Path(config.save) / "results.tsv", record["perplexity"] or {}
     scored = any(layer["score"] is not None for layer in record["layers"])
+    allocated = [config.ww_metric, config.epsilon, config.mapping_type]
     values = (
         record["run"], config.model, config.prune_method, config.sparsity_type, config.sparsity,
-        f"{record['sparsity']['achieved']:.6f}", config.ww_metric if scored else "", config.epsilon if scored else "",
-        config.mapping_type if scored else "", config.seed, perplexity.get("dataset"), perplexity.get("seqlen"),
-        perplexity.get("windows"), perplexity.get("dense"), perplexity.get("pruned"), f"{record['seconds']['total']:.1f}",
+        f"{record['sparsity']['achieved']:.6f}", *(allocated if scored else ["", "", ""]), config.seed,
+        *map(perplexity.get, ("dataset", "seqlen", "windows", "dense", "pruned")), f"{record['seconds']['total']:.1f}",
     )  # fmt: skip
     lines = "" if path.exists() else "\t".join(COLUMNS) + "\n"
     lines += "\t".join("" if value is None else str(value) for value in values) + "\n"
@@ -263,6 +263,7 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        _make_savable(model.model.generation_config)
         model.model.save_pretrained(temporary)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
@@ -282,6 +283,18 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.info("checkpoint saved and read again: %s", folder)
+
+
+def _make_savable(config: transformers.GenerationConfig | None) -> None:
+    """transformers refuses to save what some models on the hub have: a temperature with sampling off."""
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError as error:
+        log.warning(
+            "generation config: do_sample set, as it could not be saved otherwise (%s)", str(error).split("\n")[0]
+        )
+        config.do_sample = True
 
 
 def _zeros_on_disk(folder: Path) -> int:

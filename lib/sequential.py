@@ -5,7 +5,7 @@ Every block is called with exactly the arguments the model itself passed to it, 
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from .stopwatch import Stopwatch
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 16
+
+
+class _StopForward(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass early: nothing that lies behind this point is wanted."""
 
 
 def prune_model(
@@ -130,7 +134,7 @@ class Stream:
         hidden, calls = self._capture(tokens)
         for block, call in zip(self.model.blocks, calls, strict=True):
             hidden = _hidden_of(_call(block, hidden, call))
-        if not torch.allclose(hidden, _hidden_of(outputs[-1]), rtol=1e-2, atol=1e-3):
+        if not torch.allclose(hidden, _hidden_of(outputs[-1]), rtol=1e-2, atol=1e-3, equal_nan=True):
             raise RunError(
                 f"--model {self.model.name}: {type(self.model.model).__name__} cannot be pruned block by block: its "
                 "blocks called one after the other do not give what the whole model gives; prune it with magnitude"
@@ -142,9 +146,6 @@ class Stream:
         first: list[Tensor] = []
         calls: list[tuple[tuple, dict]] = []
 
-        class Captured(Exception):
-            """Ends the forward at the last block: the norm and head after it are not wanted."""
-
         def recorder(tail):
             def forward(*args, **kwargs):
                 kwargs = dict(kwargs)
@@ -153,7 +154,7 @@ class Stream:
                     first.append(hidden)
                 calls.append((args[1:], kwargs))
                 if len(calls) == len(self.model.blocks):
-                    raise Captured
+                    raise _StopForward
                 return hidden if tail is None else (hidden, *tail)
 
             return forward
@@ -161,10 +162,8 @@ class Stream:
         with ExitStack() as stack:
             for block, tail in zip(self.model.blocks, self._tails, strict=True):
                 stack.enter_context(replaced_forward(block, recorder(tail)))
-            try:
+            with suppress(_StopForward):
                 self.model.hidden_states(tokens)
-            except Captured:
-                pass
         return first[0], calls
 
     @torch.no_grad()
@@ -223,9 +222,6 @@ class Collector:
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
-    class _Done(Exception):
-        pass
-
     @contextmanager
     def batch(self, block: nn.Module):
         """While one batch runs through `block`."""
@@ -236,7 +232,7 @@ class Collector:
                 stack.callback(module.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
             try:
                 yield
-            except Collector._Done:
+            except _StopForward:
                 return
         # The first whole pass tells the order; a pass may end early only where each module was reached just once.
         if self._last is None and sorted(map(id, self._order)) == sorted(map(id, self._modules)):
@@ -249,7 +245,7 @@ class Collector:
             if name is not None and x.numel():
                 self._add(name, x)
         if module is self._last and len(self._order) == len(self._modules):
-            raise Collector._Done
+            raise _StopForward
 
     def _add(self, name: str, x: Tensor) -> None:
         key = (x.data_ptr(), x.shape, x.stride(), x._version)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 # How much a pruner or metric wants to know of its input, from least to most.

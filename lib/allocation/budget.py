@@ -56,20 +56,23 @@ def round_to_pattern(
 ) -> dict[str, float]:
     """Each unit (matrices that share one N) gets a whole number of zeros per `group` weights.
 
-    A unit starts at the whole number below its own mean sparsity; the units with the largest remainder
-    then take one more, as long as that brings the parameter-weighted mean closer to `target`. None passes
-    the bounds S_MIN and S_MAX. Returns multiples of 1/group.
+    A unit starts at the whole number below its own mean sparsity. Then, as long as that brings the
+    parameter-weighted mean closer to `target`, the unit that is furthest below its own takes one more. None
+    passes the bounds S_MIN and S_MAX. Returns multiples of 1/group.
     """
     weights = [sum(sizes[name] for name in unit) for unit in units]
     exact = [
         group * sum(sparsities[name] * sizes[name] for name in unit) / weight
         for unit, weight in zip(units, weights, strict=True)
     ]
-    zeros = [int(value + 1e-9) for value in exact]
-    missing = group * target * sum(weights) - sum(z * w for z, w in zip(zeros, weights, strict=True))
     highest = int(S_MAX * group)
-    for i in sorted(range(len(units)), key=lambda i: zeros[i] - exact[i]):
-        if zeros[i] < highest and abs(missing - weights[i]) < abs(missing):
-            zeros[i] += 1
-            missing -= weights[i]
+    zeros = [min(int(value + 1e-9), highest) for value in exact]
+    missing = group * target * sum(weights) - sum(z * w for z, w in zip(zeros, weights, strict=True))
+    while True:
+        closer = [i for i, w in enumerate(weights) if zeros[i] < highest and abs(missing - w) < abs(missing)]
+        if not closer:
+            break
+        i = max(closer, key=lambda i: exact[i] - zeros[i])
+        zeros[i] += 1
+        missing -= weights[i]
     return {name: zeros[i] / group for i, unit in enumerate(units) for name in unit}

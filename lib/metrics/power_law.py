@@ -6,7 +6,7 @@ one that can lose more weights.
 
 import math
 
-from ..esd import DegenerateSpectrum, Spectrum
+from ..esd import DegenerateSpectrumError, Spectrum
 from .base import metric
 
 
@@ -27,7 +27,7 @@ def alpha_mid(spectrum: Spectrum) -> float:
     middle = len(spectrum.eigenvalues) // 2
     alpha = float(spectrum.hill[middle]) if len(spectrum.eigenvalues) else math.inf
     if not math.isfinite(alpha):
-        raise DegenerateSpectrum("alpha_mid is undefined: the upper half of the spectrum is constant or empty")
+        raise DegenerateSpectrumError("alpha_mid is undefined: the upper half of the spectrum is constant or empty")
     return alpha
 
 

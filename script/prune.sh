@@ -1,0 +1,22 @@
+# Shared by the scripts of the published models. To be sourced.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+PYTHON=.venv/bin/python
+[ -x "$PYTHON" ] || PYTHON=python3
+
+# prune MODEL METHOD SPARSITY EPSILON [FLAG ...]: one run by the published protocol.
+prune() {
+    local model=$1 method=$2 sparsity=$3 epsilon=$4
+    shift 4
+    "$PYTHON" main.py --model "$model" --prune_method "$method" --sparsity_ratio "$sparsity" --epsilon "$epsilon" \
+        --cache_dir llm_weights --save "save_test/${model##*/}" "$@"
+}
+
+# table MODEL EPS_MAGNITUDE EPS_WANDA EPS_SPARSEGPT [FLAG ...]: the model's three entries in the paper's main table.
+table() {
+    local model=${MODEL:-$1} sparsity=${SPARSITY:-0.7} magnitude=$2 wanda=$3 sparsegpt=$4
+    shift 4
+    prune "$model" magnitude_ww "$sparsity" "$magnitude" "$@"
+    prune "$model" wanda_ww "$sparsity" "$wanda" "$@"
+    prune "$model" sparsegpt_ww "$sparsity" "$sparsegpt" "$@"
+}

@@ -1,0 +1,92 @@
+"""Every architecture, pruned with every pruner: at its target, nothing else touched, saved and loaded unchanged."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+import transformers
+from tiny import ARCHITECTURES, tiny_model, tiny_tokens
+
+from lib import PRUNERS, LanguageModel, Pattern, prune_model, save_checkpoint, sparsity_by_matrix
+from lib.model import replaced_forward
+from lib.sequential import Stream
+
+
+def targets_of(model: LanguageModel) -> dict[str, float]:
+    """A different sparsity for every matrix."""
+    return {m.name: 0.3 + 0.4 * i / len(model.matrices) for i, m in enumerate(model.matrices)}
+
+
+def logits_of_stream(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits with the blocks' part computed by the sequential path, block by block and in batches."""
+    stream = Stream(model, tokens, batch_size=2)
+    for block in range(len(model.blocks)):
+        stream.advance(block)
+    hidden = torch.cat(stream.hidden)
+    with ExitStack() as stack, torch.no_grad():
+        for block, tail in zip(model.blocks, stream._tails, strict=True):
+            out = hidden if tail is None else (hidden, *tail)
+            stack.enter_context(replaced_forward(block, lambda *a, out=out, **k: out))
+        return model.model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_structure_is_found(architecture):
+    model = LanguageModel(tiny_model(architecture))
+    per_block = ARCHITECTURES[architecture][2]
+    assert len(model.blocks) == 3
+    assert [len(model.matrices_of(block)) for block in range(3)] == [per_block] * 3
+    assert len({m.name for m in model.matrices}) == len(model.matrices)
+    assert not model.uncovered
+    assert 0.3 < model.coverage < 1
+    names = " ".join(m.name for m in model.matrices)
+    assert "embed" not in names
+    assert "head" not in names
+    assert "mlp.gate " not in names  # the router of the mixture models
+    assert "shared_expert_gate" not in names
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_prune_save_load(architecture, pruner, tmp_path):
+    hf, tokens = tiny_model(architecture), tiny_tokens()
+    model = LanguageModel(hf)
+    before = {name: tensor.clone() for name, tensor in hf.state_dict().items()}
+    prunable = {m.module.get_parameter(m.parameter).data_ptr() for m in model.matrices}
+    targets, events = targets_of(model), []
+
+    prune_model(model, PRUNERS[pruner], targets, Pattern(), tokens, batch_size=4, events=events)
+
+    fallbacks = {event["matrix"] for event in events}
+    for name, sparsity in sparsity_by_matrix(model).items():
+        size = next(m.size for m in model.matrices if m.name == name)
+        assert abs(sparsity - targets[name]) <= 0.51 / size, name
+        assert name not in fallbacks or "expert" in name
+    for name, tensor in hf.state_dict().items():
+        changed = not torch.equal(tensor, before[name])
+        assert changed == (tensor.data_ptr() in prunable), name
+
+    save_checkpoint(model, tmp_path / "pruned")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    tied = hf.get_input_embeddings().weight is hf.get_output_embeddings().weight
+    assert tied == (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight)
+    with torch.no_grad():
+        plain = loaded(tokens, use_cache=False).logits
+        assert torch.equal(plain, hf(tokens, use_cache=False).logits)
+    torch.testing.assert_close(logits_of_stream(model, tokens), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_n_of_m(architecture, pruner):
+    model = LanguageModel(tiny_model(architecture))
+    targets = dict.fromkeys([m.name for m in model.matrices], 0.5)
+    prune_model(model, PRUNERS[pruner], targets, Pattern(group=4), tiny_tokens(), batch_size=4)
+    for matrix in model.matrices:
+        groups = matrix.weight.reshape(-1, 4)
+        assert ((groups == 0).sum(1) == 2).all(), matrix.name
+
+
+def test_tied_weights_stay_tied():
+    hf = tiny_model("llama_tied")
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight

@@ -1,0 +1,157 @@
+"""The real command on the embedded model, small: every method, its results and its checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from shared import MODEL, ROOT, SHARED, needs_model, needs_shared
+from tiny import tiny_model
+
+import main
+from lib import RunConfig
+from lib.config import prune_methods
+
+pytestmark = needs_model
+
+SMALL = ["--model", "smollm2", "--calib_data", "pydoc", "--eval_data", "pydoc", "--seqlen", "128", "--nsamples", "8"]
+SMALL += ["--eval_windows", "4"]
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    run = [sys.executable, "main.py", *flags]
+    return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CI": "1"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One whole run with everything on: (stdout, run.json, folders)."""
+    out = tmp_path_factory.mktemp("main")
+    flags = ["--prune_method", "wanda_ww", "--sparsity_ratio", "0.5", "--eval_dense", "--save", str(out / "results")]
+    done = command(*SMALL, *flags, "--save_model", str(out / "pruned"), "--WW_metric_cache", str(out / "metric"))
+    assert done.returncode == 0, done.stderr
+    folder = next(path for path in (out / "results").iterdir() if path.is_dir())
+    return done, json.loads((folder / "run.json").read_text()), out
+
+
+def test_run_json_holds_what_the_design_says(run):
+    _, record, _ = run
+    assert record["config"]["prune_method"] == "wanda_ww"
+    assert {"id", "revision", "digest", "class", "parameters", "prunable_parameters", "coverage", "blocks"} <= set(
+        record["model"]
+    )
+    assert len(record["layers"]) == 210
+    assert set(record["layers"][0]) == {"name", "block", "shape", "score", "target_sparsity", "sparsity"}
+    assert record["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-4)
+    assert record["perplexity"]["windows"] == 4
+    assert record["perplexity"]["tokens"] == 512
+    assert 5 < record["perplexity"]["dense"] < record["perplexity"]["pruned"] < 500
+    assert {"load", "metric", "allocate", "calibrate", "prune", "evaluate", "total"} <= set(record["seconds"])
+    assert record["peak_memory_bytes"]["process"] > 5e8
+    assert {"python", "torch", "transformers", "device", "dtype", "threads", "git_revision"} <= set(
+        record["environment"]
+    )
+    assert record["events"] == []
+
+
+def test_log_and_table(run):
+    done, _, _ = run
+    assert "wanda_ww on smollm2: 50.00%" in done.stdout
+    assert sum("pruning 7 matrices to" in line for line in done.stderr.splitlines()) == 30
+    assert "\r" not in done.stderr.partition("smollm2: 30 blocks")[2]  # bars are for terminals
+
+
+def test_every_matrix_is_at_its_target(run):
+    for layer in run[1]["layers"]:
+        rows, columns = layer["shape"]
+        assert abs(layer["sparsity"] - layer["target_sparsity"]) <= 0.51 / (rows * columns), layer["name"]
+
+
+def test_checkpoint_loads_without_this_project(run):
+    _, record, out = run
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "pruned")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "pruned")
+    layer = record["layers"][100]
+    weight = model.get_submodule(layer["name"]).weight
+    assert float((weight == 0).float().mean()) == pytest.approx(layer["sparsity"], abs=1e-6)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    prompt = tokenizer("The for statement is used to", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] == prompt.input_ids.shape[1] + 3
+    assert (out / "pruned" / "generation_config.json").is_file()
+
+
+def test_second_run_reads_the_cache_and_quiet_is_quiet(run):
+    _, record, out = run
+    flags = ["--prune_method", "magnitude_ww", "--sparsity_ratio", "0.5", "--save", str(out / "results")]
+    done = command(*SMALL, *flags, "--no-eval_wikitext", "--quiet", "--WW_metric_cache", str(out / "metric"))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    folder = next(path for path in (out / "results").iterdir() if path.name.startswith("magnitude_ww"))
+    second = json.loads((folder / "run.json").read_text())
+    assert [layer["score"] for layer in second["layers"]] == [layer["score"] for layer in record["layers"]]
+    assert second["perplexity"] is None
+    assert second["seconds"]["metric"] < 1
+    assert len((out / "results" / "results.tsv").read_text().splitlines()) == 3
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A tiny model with the embedded model's tokenizer vocabulary folded onto its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, **{chr(97 + i): i + 1 for i in range(26)}}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sparsity_type", ["unstructured", "2:4", "4:8"])
+@pytest.mark.parametrize("method", prune_methods())
+def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder, tmp_path):
+    config = RunConfig(
+        model=str(tiny_folder), prune_method=method, sparsity_ratio=0.5, sparsity_type=sparsity_type, seqlen=32,
+        nsamples=4, eval_windows=2, calib_data="pydoc", eval_data="pydoc", device="cpu", epsilon=0.4,
+        cache_dir=str(tmp_path / "cache"), save=str(tmp_path / "out"), save_model=str(tmp_path / "pruned"),
+    )  # fmt: skip
+    record = main.run(config)
+    assert record["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3 if sparsity_type == "unstructured" else 0.1)
+    for layer in record["layers"]:
+        assert layer["sparsity"] == pytest.approx(layer["target_sparsity"], abs=0.51 / (32 * 16))
+        if sparsity_type != "unstructured":
+            group = int(sparsity_type[2:])
+            weight = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").get_submodule(layer["name"])
+            zeros = (weight.weight.reshape(-1, group) == 0).sum(1)
+            assert (zeros == round(layer["target_sparsity"] * group)).all()
+            break
+    if method.endswith("_ww"):
+        assert len({layer["target_sparsity"] for layer in record["layers"]}) == 3 or sparsity_type != "unstructured"
+
+
+@needs_shared
+def test_dense_perplexity_is_the_published_codes(tmp_path):
+    """29.935 on the first 64 windows of 512 of WikiText-2 test; 8 of them here, against transformers' own loss."""
+    config = RunConfig(
+        model="smollm2",
+        cache_dir=str(MODEL.parent),
+        prune_method="magnitude",
+        sparsity_ratio=0.0,
+        seqlen=512,
+        eval_windows=8,
+        eval_data=str(SHARED / "data/wikitext-2-raw-v1/test.jsonl"),
+        save=str(tmp_path),
+        device="cpu",
+    )
+    record = main.run(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL, gguf_file=next(MODEL.glob("*.gguf")).name)
+    rows = (SHARED / "data/wikitext-2-raw-v1/test.jsonl").read_text().splitlines()
+    text = "\n\n".join(json.loads(row)["text"] for row in rows)
+    tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : 8 * 512].view(8, 512)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, gguf_file=next(MODEL.glob("*.gguf")).name).float()
+    with torch.no_grad():
+        losses = [model(window[None], labels=window[None]).loss for window in tokens]
+    assert record["perplexity"]["pruned"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)

@@ -1,0 +1,143 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+
+from lib import LanguageModel, RunConfig, RunError, results, save_checkpoint
+
+
+@pytest.fixture
+def model():
+    return LanguageModel(tiny_model("llama"))
+
+
+@pytest.fixture
+def values(model):
+    return {matrix.name: 2.0 + i for i, matrix in enumerate(model.matrices)}
+
+
+def config_of(tmp_path, **options) -> RunConfig:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    options = {"model": str(tmp_path / "model"), "prune_method": "wanda_ww", "sparsity_ratio": 0.5, **options}
+    return RunConfig(**{"save": str(tmp_path / "out"), "calib_data": "pydoc", "eval_data": "pydoc", **options})
+
+
+def record_of(config, perplexity=None) -> dict:
+    layers = [
+        {"name": "a", "block": 0, "shape": [2, 4], "score": 1.5, "target_sparsity": 0.25, "sparsity": 0.25},
+        {"name": "b", "block": 1, "shape": [4, 6], "score": None, "target_sparsity": 0.5, "sparsity": 0.5},
+    ]
+    model = {"id": "tiny", "device": "cpu", "dtype": "float32", "prunable_parameters": 32, "coverage": 0.5}
+    return results.build_record(config, model, layers, perplexity, {"total": 1.0}, [])
+
+
+def test_metric_cache_returns_what_was_written(tmp_path, model, values):
+    results.write_metric(tmp_path, model, "alpha_peak", values)
+    assert results.read_metric(tmp_path, model, "alpha_peak", []) == values
+    assert results.read_metric(tmp_path, model, "alpha_mid", []) is None
+
+
+def test_metric_cache_of_other_weights_is_refused(tmp_path, model, values):
+    results.write_metric(tmp_path, model, "alpha_peak", values)
+    other = LanguageModel(tiny_model("llama", seed=5))
+    with pytest.raises(RunError, match=r"--WW_metric_cache .* another model"):
+        results.read_metric(tmp_path, other, "alpha_peak", [])
+
+
+def test_metric_cache_of_an_earlier_definition_is_computed_again(tmp_path, model, values):
+    results.write_metric(tmp_path, model, "alpha_peak", values)
+    cache = json.loads((tmp_path / "alpha_peak.json").read_text())
+    (tmp_path / "alpha_peak.json").write_text(json.dumps({**cache, "version": 0}))
+    assert results.read_metric(tmp_path, model, "alpha_peak", []) is None
+
+
+def test_published_array_is_taken_in_module_order_with_a_warning(tmp_path, model, values):
+    np.save(tmp_path / "alpha_peak.npy", np.array(list(values.values())))
+    events: list[dict] = []
+    assert results.read_metric(tmp_path, model, "alpha_peak", events) == values
+    assert "nothing in it says" in events[0]["message"]
+
+
+@pytest.mark.parametrize("array", [np.ones(20), np.ones((21, 1)), np.full(21, np.nan), np.array(["x"] * 21)])
+def test_array_that_does_not_fit_is_refused(tmp_path, model, array):
+    np.save(tmp_path / "alpha_peak.npy", array)
+    with pytest.raises(RunError, match="--WW_metric_cache"):
+        results.read_metric(tmp_path, model, "alpha_peak", [])
+
+
+def test_pickled_array_is_not_executed(tmp_path, model):
+    np.save(tmp_path / "alpha_peak.npy", np.array([{"a": 1}] * 21), allow_pickle=True)
+    with pytest.raises(RunError, match="plain array"):
+        results.read_metric(tmp_path, model, "alpha_peak", [])
+
+
+def test_run_folder(tmp_path):
+    config = config_of(tmp_path)
+    perplexity = {"dataset": "pydoc", "seqlen": 8, "windows": 3, "dense": None, "pruned": 12.34567}
+    record = record_of(config, perplexity)
+    assert record["sparsity"]["achieved"] == pytest.approx((8 * 0.25 + 24 * 0.5) / 32)
+    assert record["sparsity"]["blocks"] == [0.25, 0.5]
+    folder = results.write_run(config, record)
+    results.append_result(config, record)
+    results.append_result(config, record)
+    assert json.loads((folder / "run.json").read_text()) == record
+    rows = list(csv.DictReader((folder / "layers.csv").open()))
+    assert [row["score"] for row in rows] == ["1.5", ""]
+    assert [(row["rows"], row["columns"]) for row in rows] == [("2", "4"), ("4", "6")]
+    text = (folder / "perplexity_wanda_ww_sparsity_0.5.txt").read_text()
+    assert text == "method\tactual_sparsity\tppl_test\nwanda_ww\t0.4375\t12.3457\n"
+    table = [line.split("\t") for line in (tmp_path / "out" / "results.tsv").read_text().splitlines()]
+    assert len(table) == 3
+    assert table[0] == list(results.COLUMNS)
+    assert dict(zip(*table[:2], strict=True))["perplexity"] == "12.34567"
+    assert "12.346" in results.summary(record)
+
+
+def test_a_write_that_dies_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    results.write_text(path, "old")
+    monkeypatch.setattr("pathlib.Path.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        results.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_checkpoint_replaces_its_own_and_no_other(tmp_path, model):
+    target = tmp_path / "pruned"
+    config = config_of(tmp_path, save_model=str(target))
+    results.prepare(config)
+    save_checkpoint(model, target, record_of(config))
+    assert json.loads((target / results.MARK).read_text())["sparsity"]["target"] == 0.5
+    results.prepare(config)
+    save_checkpoint(model, target, record_of(config))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "pruned"}  # no temporary folder is left
+    (target / results.MARK).unlink()
+    with pytest.raises(RunError, match="--save_model"):
+        results.prepare(config)
+
+
+def test_checkpoint_that_lost_zeros_on_the_way_is_refused(tmp_path, model, monkeypatch):
+    first = model.matrices[0]
+    first.write(torch.zeros(first.shape))
+    own = model.model.save_pretrained
+
+    def corrupt(folder):
+        own(folder)
+        file = next(folder.glob("*.safetensors"))
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+    monkeypatch.setattr(model.model, "save_pretrained", corrupt)
+    with pytest.raises(RunError, match="--save_model"):
+        save_checkpoint(model, tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_generation_config_that_cannot_be_saved_does_not_lose_the_checkpoint(tmp_path, model):
+    model.model.generation_config.temperature = 0.9  # as LLaMA-2's on the hub: set, yet sampling is off
+    model.model.generation_config.do_sample = False
+    save_checkpoint(model, tmp_path / "pruned")
+    assert (tmp_path / "pruned" / "generation_config.json").is_file()

@@ -1,0 +1,105 @@
+"""The rules of the layout, read off the source."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+from shared import ROOT
+
+from lib.allocation import ALLOCATIONS
+from lib.config import RunConfig, flag_of, prune_methods
+from lib.metrics import METRICS
+from lib.pruners import PRUNERS
+
+FILES = [ROOT / "main.py", *sorted((ROOT / "lib").rglob("*.py"))]
+FAMILIES = ("metrics", "allocation", "pruners")
+
+
+def module_of(path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path) -> set[str]:
+    """Full names of the project's modules that a file imports."""
+    found, package = set(), list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.add(".".join([*base, *filter(None, [node.module])]))
+    return {name for name in found if name.startswith("lib")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_metrics_allocations_and_pruners_do_not_import_each_other(family):
+    others = tuple(f"lib.{name}" for name in (*FAMILIES, "model", "sequential", "config", "cli") if name != family)
+    for path in (ROOT / "lib" / family).glob("*.py"):
+        assert not [name for name in imports_of(path) if name.startswith(others)], path
+
+
+def test_only_the_command_line_sees_argparse():
+    for path in FILES:
+        if path.name != "cli.py":
+            assert "argparse" not in path.read_text(), path
+
+
+def test_only_results_writes_files():
+    writers = re.compile(
+        r"write_text|write_bytes|save_pretrained\(|numpy\.save|torch\.save|open\([^)]*['\"][wax]|\.mkdir\("
+    )
+    for path in FILES:
+        if path.name != "results.py":
+            assert not writers.search(re.sub(r'"[^"\n]*"', '""', path.read_text())), path
+
+
+def test_only_model_knows_architectures():
+    known = re.compile(r"\b(llama|opt|gpt2|falcon|mixtral|qwen|gemma|phi3?|Conv1D)\b", re.IGNORECASE)
+    for path in FILES:
+        if path.name == "model.py":
+            continue
+        tree = ast.parse(path.read_text())
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+            n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+        }
+        assert not [name for name in names if known.search(name)], path
+
+
+def test_only_the_sequential_loop_calls_blocks():
+    for path in FILES:
+        if path.name not in ("sequential.py", "model.py"):
+            assert not re.search(r"blocks\[", path.read_text()), path
+
+
+def test_main_tells_the_story_in_a_hundred_lines_or_so():
+    assert len((ROOT / "main.py").read_text().splitlines()) <= 150
+
+
+def test_modules_have_one_subject():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_no_global_device():
+    for path in FILES:
+        assert "cuda:0" not in path.read_text(), path
+
+
+def test_readme_names_every_flag_and_method():
+    readme = (ROOT / "README.md").read_text()
+    table = {line.split("`")[1].split(" ")[0] for line in readme.splitlines() if line.startswith("| `--")}
+    assert table == {flag_of(item) for item in dataclasses.fields(RunConfig)}
+    for name in (*PRUNERS, *METRICS, "wanda_ww"):
+        assert f"`{name}`" in readme, name
+
+
+def test_methods_are_all_pairs():
+    assert len(prune_methods()) == len(list(PRUNERS)) * len(list(ALLOCATIONS))
+
+
+def test_readme_maps_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "script").iterdir()]:
+        if path.name != "__init__.py":
+            assert path.name in readme, path.name
