@@ -11,8 +11,8 @@ from lib.allocation import ALLOCATIONS, Problem, allocate
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
+from lib.load import find_source, load_config, load_model, load_tokenizer, window_limit
 from lib.metrics import METRICS
-from lib.model import find_source, load_config, load_model, load_tokenizer, window_limit
 from lib.pruners import PRUNERS
 from lib.quality import layer_quality
 from lib.sequential import prune_model
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> dict:
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
         model = load_model(source, config.device, config.dtype, tokenizer)
-        model.check(config.pattern)
+        model.check(config.pattern, calibration, evaluation)
         described, batch = model.describe(), config.batch(seqlen)
     log.info(
         "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),

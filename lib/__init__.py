@@ -5,8 +5,9 @@ from .config import RunConfig
 from .data import calibration_windows, evaluation_windows
 from .errors import RunError
 from .evaluate import perplexity, sparsity_by_matrix
+from .load import find_source, load_model, load_tokenizer
 from .masks import Pattern
-from .model import LanguageModel, find_source, load_model, load_tokenizer
+from .model import LanguageModel
 from .pruners import PRUNERS
 from .quality import layer_quality
 from .results import save_checkpoint

