@@ -20,11 +20,11 @@ DECIDING = {
     "prune_method": "sparsegpt_ww", "sparsity_ratio": 0.6, "sparsity_type": "4:8", "use_variant": True,
     "ww_metric": "alpha_mid", "epsilon": 0.3, "mapping_type": "layer_wise", "calib_data": "pydoc", "nsamples": 64,
     "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
-    "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True,
+    "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
+    "eval_dense": True,
 }  # fmt: skip
 INDIFFERENT = {
-    "cache_dir": "elsewhere", "ww_metric_cache": "scores", "save": "out", "save_model": "pruned", "quiet": True,
-    "eval_dense": True,
+    "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True,
 }  # fmt: skip
 
 
