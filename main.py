@@ -52,6 +52,10 @@ def run(config: RunConfig) -> dict:
         len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
     )  # fmt: skip
 
+    if model.uncovered:
+        events.append({"matrix": None, "message": f"left dense, of no known kind: {', '.join(model.uncovered)}"})
+        log.warning("%s", events[-1]["message"])
+
     dense = None
     if config.eval_dense:
         with clock("evaluate"):

@@ -61,7 +61,7 @@ class _TqdmHandler(logging.StreamHandler):
 
 
 def set_up_logging(quiet: bool) -> None:
-    """The project's log and bars on stderr; those of the libraries only where they load or fail."""
+    """The project's log on stderr and bars on a terminal; of the libraries no log, and bars where ours are shown."""
     handler = _TqdmHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger(__package__)
@@ -71,11 +71,9 @@ def set_up_logging(quiet: bool) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # imported later, and what fails there is our one line
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-        import datasets  # takes a second to import, and most runs do without
-
-        datasets.disable_progress_bars()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None) -> int:

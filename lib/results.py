@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .allocation import ALLOCATIONS
 from .config import RunConfig
@@ -65,11 +65,16 @@ def _check_folder(flag: str, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a whole file or none of it. Raises RunError where the disk is full or does not let us."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the run
@@ -288,8 +293,9 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
-    except OSError as error:
-        raise RunError(f"--save_model {folder}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"--save_model {folder}: cannot be written: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.info("checkpoint saved and read again: %s", folder)

@@ -128,3 +128,14 @@ def test_gguf_becomes_an_ordinary_model(tmp_path):
     assert getattr(config, "quantization_config", None) is None
     text = "It's 3,14 café\n\n = x ="
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == model.tokenizer(text).input_ids
+
+
+def test_a_pickled_checkpoint_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("code in the checkpoint ran",))
+
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    torch.save({"model.embed_tokens.weight": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(RunError, match="weights cannot be loaded"):
+        load_model(find_source(str(tmp_path)), device="cpu")

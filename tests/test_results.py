@@ -101,9 +101,10 @@ def test_a_write_that_dies_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     results.write_text(path, "old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"run\.json: cannot be written: disk full"):
         results.write_text(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_checkpoint_replaces_its_own_and_no_other(tmp_path, model):
