@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import logging
 import os
 import sys
@@ -13,9 +14,11 @@ from dataclasses import fields
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import modeling_gguf_pytorch_utils
 
 from .config import RunConfig
 from .errors import RunError
+from .memory import keep_freed_memory
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,6 +77,7 @@ def set_up_logging(quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+        modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=True)  # it asks no setting of its library
 
 
 def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +85,7 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
 
     0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
     """
+    keep_freed_memory()
     try:
         config = parse(arguments)
         set_up_logging(config.quiet)

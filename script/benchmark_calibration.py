@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lib import find_source, load_model
 from lib.config import TOKENS_AT_ONCE
+from lib.memory import keep_freed_memory
 from lib.sequential import Stream
 
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
     options = parser.parse_args()
+    keep_freed_memory()
 
     model = load_model(find_source(options.model), device="cpu", dtype="float32")
     generator = torch.Generator().manual_seed(0)

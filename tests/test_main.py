@@ -151,7 +151,9 @@ def test_dense_perplexity_is_the_published_codes(tmp_path):
     rows = (SHARED / "data/wikitext-2-raw-v1/test.jsonl").read_text().splitlines()
     text = "\n\n".join(json.loads(row)["text"] for row in rows)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : 8 * 512].view(8, 512)
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, gguf_file=next(MODEL.glob("*.gguf")).name).float()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        MODEL, gguf_file=next(MODEL.glob("*.gguf")).name, dtype=torch.float32
+    )
     with torch.no_grad():
         losses = [model(window[None], labels=window[None]).loss for window in tokens]
     assert record["perplexity"]["pruned"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
