@@ -51,8 +51,9 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     if rest:
         flag = rest[0].partition("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1) if flag.startswith("-") else []
-        raise RunError(f"{flag}: belongs to no flag; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        near = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
+        guess = f"did you mean {' or '.join(near)}?" if near and flag.startswith("-") else "see --help"
+        raise RunError(f"{flag}: belongs to no flag; {guess}")
     return RunConfig(**vars(namespace))
 
 

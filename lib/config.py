@@ -9,6 +9,7 @@ import torch
 
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
+from .allocation.budget import S_MAX, S_MIN
 from .data import find_corpus
 from .errors import RunError
 from .load import choose_device, find_source
@@ -45,7 +46,7 @@ class RunConfig:
     prune_method: str = _flag(
         "", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods())
     )
-    sparsity_ratio: float | None = _flag(None, "share of the prunable weights to remove, in [0, 1)")
+    sparsity_ratio: float | None = _flag(None, "share of the prunable weights to remove, in [0, 0.99]")
     sparsity_type: str = _flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
     use_variant: bool = _flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
     ww_metric: str = _flag(
@@ -94,8 +95,10 @@ class RunConfig:
 
     def _check_numbers(self) -> None:
         ratio = self.sparsity_ratio
-        if ratio is not None and not 0 <= ratio < 1:
-            raise RunError(f"--sparsity_ratio {ratio:g}: must lie in [0, 1), the share of weights to remove")
+        if ratio is not None and not S_MIN <= ratio <= S_MAX:
+            raise RunError(
+                f"--sparsity_ratio {ratio:g}: must lie in [{S_MIN:g}, {S_MAX:g}], the share of weights to remove"
+            )
         if not 0 <= self.epsilon <= 1:
             raise RunError(f"--epsilon {self.epsilon:g}: must lie in [0, 1]")
         for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):

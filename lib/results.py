@@ -44,7 +44,8 @@ def prepare(config: RunConfig) -> None:
         _check_folder("--cache_dir", Path(config.cache_dir))
     if config.save_model is not None:
         path = Path(config.save_model)
-        for flag, other in (("--save", config.save), ("--WW_metric_cache", config.ww_metric_cache)):
+        others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
+        for flag, other in others.items():
             if other is not None and Path(other).resolve().is_relative_to(path.resolve()):
                 raise RunError(
                     f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"

@@ -60,12 +60,12 @@ CASES = [
     case("device", "--device gpu", "--device: 'gpu' is unknown", "cuda:N"),
     case("device that is not there", "--device cuda:99", "--device cuda:99", "--device cpu"),
     # numbers
-    case("ratio 1", "--sparsity_ratio 1.0", "--sparsity_ratio 1:", "[0, 1)"),
-    case("ratio below 0", "--sparsity_ratio -0.1", "--sparsity_ratio -0.1:", "[0, 1)"),
-    case("ratio above 1", "--sparsity_ratio 1.5", "--sparsity_ratio 1.5:", "[0, 1)"),
-    case("ratio nan", "--sparsity_ratio nan", "--sparsity_ratio nan:", "[0, 1)"),
+    case("ratio 1", "--sparsity_ratio 1.0", "--sparsity_ratio 1:", "[0, 0.99]"),
+    case("ratio below 0", "--sparsity_ratio -0.1", "--sparsity_ratio -0.1:", "[0, 0.99]"),
+    case("ratio above 1", "--sparsity_ratio 1.5", "--sparsity_ratio 1.5:", "[0, 0.99]"),
+    case("ratio nan", "--sparsity_ratio nan", "--sparsity_ratio nan:", "[0, 0.99]"),
     case("ratio no number", "--sparsity_ratio half", "--sparsity_ratio:", "float", "'half'"),
-    case("ratio beyond the bounds", "--sparsity_ratio 0.995", "--sparsity_ratio 0.995:", "0.99;", base=CACHED),
+    case("ratio beyond the bounds", "--sparsity_ratio 0.995", "--sparsity_ratio 0.995:", "[0, 0.99]"),
     case("epsilon below 0", "--epsilon -0.1", "--epsilon -0.1:", "[0, 1]"),
     case("epsilon above 1", "--epsilon 1.5", "--epsilon 1.5:", "[0, 1]"),
     case("epsilon nan", "--epsilon nan", "--epsilon nan:", "[0, 1]"),
@@ -142,6 +142,7 @@ CASES = [
     case("cache below a file", "--WW_metric_cache {words}/x", "--WW_metric_cache {words}/x:", "written", base=CACHED),
     case("cache_dir a file", "--prune_method wanda_ww --cache_dir {words}", "--cache_dir {words}:", "be written"),
     case("checkpoint among other files", "--save_model {tiny}", "--save_model {tiny}:", "name another folder"),
+    case("cache in the checkpoint", "--cache_dir {out}/a/b --save_model {out}/a", "--cache_dir {out}/a/b"),
     case("results in the checkpoint", "--save {out}/a/b --save_model {out}/a", "--save_model {out}/a:", "--save {out}"),
     # metric caches
     case(

@@ -79,6 +79,7 @@ def test_the_published_command(model):
         (["--sparsity_rate", "0.5"], "--sparsity_rate: belongs to no flag; did you mean --sparsity_ratio?"),
         (["--eval_wikitexts"], "--eval_wikitexts: belongs to no flag; did you mean --eval_wikitext?"),
         (["--seeds=1"], "--seeds: belongs to no flag; did you mean --seed?"),
+        (["--sparsity", "0.5"], "--sparsity: belongs to no flag; did you mean --sparsity_ratio or --sparsity_type?"),
         (["stray"], "stray: belongs to no flag; see --help"),
     ],
 )
