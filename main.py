@@ -7,12 +7,13 @@ import logging
 import sys
 
 from lib import cli, results
-from lib.allocation import ALLOCATIONS, Problem, allocate
+from lib.allocation import Problem, allocate
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
-from lib.load import find_source, load_config, load_model, load_tokenizer, window_limit
+from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.metrics import METRICS
+from lib.model import LanguageModel
 from lib.pruners import PRUNERS
 from lib.quality import layer_quality
 from lib.sequential import prune_model
@@ -26,12 +27,35 @@ def run(config: RunConfig) -> dict:
 
     Raises lib.errors.RunError for whatever the user can put right.
     """
-    clock, events, pruner = Stopwatch(), [], PRUNERS[config.pruner]
+    clock, events = Stopwatch(), []
     for flag in config.without_effect():
-        events.append({"matrix": None, "message": f"{flag} has no effect on this run"})
-        log.warning("%s", events[-1]["message"])
+        note(events, f"{flag} has no effect on this run")
     results.prepare(config)
+    record = (analyze if config.analyze_only else prune)(config, clock, events)
+    log.info("results: %s", results.run_folder(config))
+    return record
 
+
+def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
+    """Measure every metric asked for, and stop."""
+    with clock("load"):
+        model = open_model(find_source(config.model, config.cache_dir, config.trust_remote_code), config.device)
+        described = describe(model, events)
+    scores, portraits = score(config, model, clock, events)
+    layers = [
+        {"name": m.name, "block": m.block, "shape": list(m.shape), "scores": {k: v[m.name] for k, v in scores.items()}}
+        for m in model.matrices
+    ]
+    record = results.build_record(config, described, layers, None, clock.seconds(), events)
+    folder = results.write_run(config, record)
+    if config.plot:
+        results.write_report(folder, record, scores, portraits)
+    return record
+
+
+def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
+    """Allocate, prune, evaluate, save."""
+    pruner = PRUNERS[config.pruner]
     # The texts before the weights: a corpus that is missing or too short ends the run early.
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
@@ -46,15 +70,7 @@ def run(config: RunConfig) -> dict:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
         model = load_model(source, config.device, config.dtype, tokenizer)
         model.check(config.pattern, calibration, evaluation)
-        described, batch = model.describe(), config.batch(seqlen)
-    log.info(
-        "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
-        len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
-    )  # fmt: skip
-
-    if model.uncovered:
-        events.append({"matrix": None, "message": f"left dense, of no known kind: {', '.join(model.uncovered)}"})
-        log.warning("%s", events[-1]["message"])
+        described, batch = describe(model, events), config.batch(seqlen)
 
     dense = None
     if config.eval_dense:
@@ -62,22 +78,17 @@ def run(config: RunConfig) -> dict:
             dense = perplexity(model, evaluation, batch_size=batch, what="perplexity, dense")
         log.info("perplexity before pruning: %.4f", dense)
 
-    scores: dict[str, float] = {}
-    if ALLOCATIONS[config.allocation].needs_scores:
-        with clock("metric"):
-            folder = results.metric_cache(config, model)
-            scores = results.read_metric(folder, model, config.ww_metric, events)
-            if scores is None:
-                scores = layer_quality(model, config.ww_metric, events=events)
-                results.write_metric(folder, model, config.ww_metric, scores)
+    scores, portraits, metric = {}, {}, config.ww_metric[0]
+    if config.scored or config.plot:
+        scores, portraits = score(config, model, clock, events)
+    quality = scores[metric] if config.scored else {}
 
     with clock("allocate"):
-        sizes = {matrix.name: matrix.size for matrix in model.matrices}
         problem = Problem(
-            sizes=sizes,
+            sizes={matrix.name: matrix.size for matrix in model.matrices},
             blocks={matrix.name: matrix.block for matrix in model.matrices},
             sparsity=config.sparsity,
-            scores={name: METRICS[config.ww_metric].sign * score for name, score in scores.items()},
+            scores={name: METRICS[metric].sign * value for name, value in quality.items()},
             epsilon=config.epsilon,
             mapping=config.mapping_type,
         )
@@ -87,14 +98,7 @@ def run(config: RunConfig) -> dict:
         variant = pruner.variant if config.use_variant else pruner
         prune_model(model, variant, targets, config.pattern, calibration, batch_size=batch, clock=clock, events=events)
 
-    reached = sparsity_by_matrix(model)
-    layers = [
-        {
-            "name": matrix.name, "block": matrix.block, "shape": list(matrix.shape), "score": scores.get(matrix.name),
-            "target_sparsity": targets[matrix.name], "sparsity": reached[matrix.name],
-        }
-        for matrix in model.matrices
-    ]  # fmt: skip
+    layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
     measured = None
     record = results.build_record(config, described, layers, measured, clock.seconds(), events)
     folder = results.write_run(config, record)  # once now, so that nothing is lost if what follows fails
@@ -112,8 +116,37 @@ def run(config: RunConfig) -> dict:
     record = results.build_record(config, described, layers, measured, clock.seconds(), events)
     results.write_run(config, record)
     results.append_result(config, record)
-    log.info("results: %s", folder)
+    if config.plot:
+        results.write_report(folder, record, scores, portraits)
     return record
+
+
+def describe(model: LanguageModel, events: list[dict]) -> dict:
+    """The `model` part of run.json, logged."""
+    described = model.describe()
+    log.info(
+        "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
+        len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
+    )  # fmt: skip
+    if model.uncovered:
+        note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
+    return described
+
+
+def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: list[dict]) -> tuple[dict, dict]:
+    """Every matrix under every metric of the run, and what the pictures show of its spectrum; from the cache what is
+    there.
+    """
+    portraits = {} if config.plot else None
+    with clock("metric"):
+        cache = results.MetricCache(results.metric_folder(config, model), model, events)
+        scores = layer_quality(model, *config.ww_metric, cache=cache, portraits=portraits, events=events)
+    return scores, portraits
+
+
+def note(events: list[dict], message: str) -> None:
+    log.warning("%s", message)
+    events.append({"matrix": None, "message": message})
 
 
 if __name__ == "__main__":

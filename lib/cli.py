@@ -39,11 +39,13 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         if types[item.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
         else:
-            # `int | None` and the like: the type that is not None
+            # `int | None`, `tuple[str, ...]` and the like: the type that is not None
             options["type"] = next(t for t in typing.get_args(types[item.name]) or [types[item.name]] if t is not None)
             options["metavar"] = item.name.rpartition("_")[2].upper()
+            several = isinstance(item.default, tuple)
+            options["nargs"] = "+" if several else None
             if item.default not in (None, ""):
-                options["help"] += f" (default: {item.default})"
+                options["help"] += f" (default: {' '.join(item.default) if several else item.default})"
         if choices := item.metadata.get("choices"):
             options["help"] += f"; one of: {', '.join(choices())}"
         parser.add_argument(*flags, **options)

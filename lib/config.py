@@ -49,9 +49,10 @@ class RunConfig:
     sparsity_ratio: float | None = _flag(None, "share of the prunable weights to remove, in [0, 0.99]")
     sparsity_type: str = _flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
     use_variant: bool = _flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
-    ww_metric: str = _flag(
-        "alpha_peak", "metric of layer quality for *_ww", flags=("--WW_metric",), choices=lambda: list(METRICS)
-    )
+    ww_metric: tuple[str, ...] = _flag(
+        ("alpha_peak",), "metric of layer quality for *_ww; with --analyze_only one or more", flags=("--WW_metric",),
+        choices=lambda: list(METRICS),
+    )  # fmt: skip
     ww_metric_cache: str | None = _flag(
         None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
     )
@@ -71,26 +72,32 @@ class RunConfig:
     dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
     cache_dir: str = _flag("llm_weights", "folder for downloaded models and metric values")
     trust_remote_code: bool = _flag(False, "allow code that comes with a model from the hub")
+    analyze_only: bool = _flag(False, "measure every --WW_metric and stop; reads a checkpoint tensor by tensor")
+    plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
     save: str = _flag("results", "folder for results")
     save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
     quiet: bool = _flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        for name in ("model", "prune_method"):
+        given = (self.ww_metric,) if isinstance(self.ww_metric, str) else self.ww_metric
+        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(given)))
+        for name in ("model",) if self.analyze_only else ("model", "prune_method"):
             if not getattr(self, name):
                 raise RunError(f"--{name}: is missing")
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
-            if choices and value not in choices():
-                raise unknown_name(flag_of(item), value, choices())
+            for one in value if isinstance(value, tuple) else [value]:
+                if choices and one != item.default and one not in choices():
+                    raise unknown_name(flag_of(item), one, choices())
         self._check_numbers()
-        self._check_pattern()
         self._check_combinations()
         choose_device(self.device)
-        if PRUNERS[self.pruner].needs != "nothing":
-            find_corpus("--calib_data", self.calib_data)
-        if self.eval_wikitext:
-            find_corpus("--eval_data", self.eval_data)
+        if not self.analyze_only:
+            self._check_pattern()
+            if PRUNERS[self.pruner].needs != "nothing":
+                find_corpus("--calib_data", self.calib_data)
+            if self.eval_wikitext:
+                find_corpus("--eval_data", self.eval_data)
         find_source(self.model, self.cache_dir, self.trust_remote_code)
 
     def _check_numbers(self) -> None:
@@ -124,6 +131,12 @@ class RunConfig:
     def _check_combinations(self) -> None:
         if self.eval_zero_shot:
             raise RunError("--eval_zero_shot: is not available yet; leave it out (perplexity is reported)")
+        if not self.ww_metric:
+            raise RunError("--WW_metric: is missing; name at least one")
+        if self.analyze_only:
+            return
+        if len(self.ww_metric) > 1:
+            raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
         if self.use_variant and PRUNERS[self.pruner].variant is None:
             known = ", ".join(name for name in PRUNERS if PRUNERS[name].variant)
             raise RunError(f"--use_variant: --prune_method {self.prune_method} has no variant; only {known} has")
@@ -141,6 +154,11 @@ class RunConfig:
         return prune_methods()[self.prune_method][1]
 
     @property
+    def scored(self) -> bool:
+        """Whether the allocation reads a metric."""
+        return ALLOCATIONS[self.allocation].needs_scores
+
+    @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity_type)[0]
 
@@ -151,8 +169,12 @@ class RunConfig:
 
     def without_effect(self) -> list[str]:
         """Flags that were changed from their default but that this method does not read."""
+        if self.analyze_only:
+            read = ("model", "device", "trust_remote_code", "ww_metric", "ww_metric_cache", "cache_dir")
+            read += ("analyze_only", "plot", "save", "quiet")
+            return [flag_of(f) for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
         unread = []
-        if not ALLOCATIONS[self.allocation].needs_scores:
+        if not self.scored:
             unread += ["ww_metric", "ww_metric_cache", "epsilon", "mapping_type"]
         if PRUNERS[self.pruner].needs == "nothing":
             unread += ["calib_data", "nsamples"]
@@ -176,16 +198,18 @@ class RunConfig:
     @property
     def run_name(self) -> str:
         """Readable, and unique to what decides the result: the end is a digest of those flags."""
-        parts = [self.prune_method, f"{self.sparsity:g}"]
-        if self.sparsity_type != "unstructured":
-            parts.append(self.sparsity_type.replace(":", "of"))
-        if ALLOCATIONS[self.allocation].needs_scores:
-            parts += [self.ww_metric, f"eps{self.epsilon:g}"]
-        elsewhere = ("cache_dir", "save", "save_model", "quiet")
+        elsewhere = ("cache_dir", "save", "save_model", "quiet", "plot")
         deciding = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         if Path(self.model).exists():
             deciding["model"] = str(Path(self.model).resolve())
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+        if self.analyze_only:
+            return "-".join(["analysis", Path(self.model).name, digest])
+        parts = [self.prune_method, f"{self.sparsity:g}"]
+        if self.sparsity_type != "unstructured":
+            parts.append(self.sparsity_type.replace(":", "of"))
+        if self.scored:
+            parts += [*self.ww_metric, f"eps{self.epsilon:g}"]
         return "-".join([*parts, f"seed{self.seed}", digest])
 
 

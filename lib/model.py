@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from .errors import RunError
+from .esd import as_published
 from .masks import Pattern
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
@@ -89,6 +91,16 @@ class LanguageModel:
     def matrices_of(self, block: int) -> list[Matrix]:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
+    def groups(self) -> Iterator[list[Matrix]]:
+        """The matrices by the tensor that stores them: one each, or all experts of a fused tensor; in module order."""
+        for _, group in groupby(self.matrices, key=lambda matrix: (id(matrix.module), matrix.parameter)):
+            yield list(group)
+
+    @contextmanager
+    def resident(self, matrices: list[Matrix]):
+        """While the values of `matrices` are read. A model in memory has them at hand, and nothing is done."""
+        yield
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -104,12 +116,17 @@ class LanguageModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the prunable matrices' names, dtypes and values, as loaded (take it before pruning)."""
+        """SHA-256 of the prunable matrices' names and values, as loaded (take it before pruning).
+
+        Of the values as the metrics read them, so that it does not depend on --dtype.
+        """
         digest = hashlib.sha256()
-        for matrix in self.matrices:
-            weight = matrix.weight
-            digest.update(f"{matrix.name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.contiguous().cpu().view(torch.uint8).numpy())
+        for group in self.groups():
+            with self.resident(group):
+                for matrix in group:
+                    weight = as_published(matrix.weight)
+                    digest.update(f"{matrix.name} {weight.dtype} {tuple(weight.shape)}".encode())
+                    digest.update(weight.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def describe(self) -> dict:

@@ -50,3 +50,6 @@ class Registry(Generic[T]):
 
     def __iter__(self):
         return iter(self._entries)
+
+    def items(self):
+        return self._entries.items()

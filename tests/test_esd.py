@@ -1,20 +1,16 @@
 """Spectra and fits against loops written straight from their definitions, known laws and WeightWatcher."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from shared import MODEL, needs_model
 
-from lib.esd import DegenerateSpectrumError, Spectrum
+from lib import find_source, load_model
+from lib.esd import DegenerateSpectrumError, Spectrum, as_published
 from lib.metrics import METRICS
-
-
-def spectrum_of(eigenvalues) -> Spectrum:
-    """A spectrum with given eigenvalues, which no matrix had to be made for."""
-    spectrum = Spectrum(torch.empty(0, 0))
-    spectrum.__dict__["eigenvalues"] = torch.as_tensor(np.sort(eigenvalues), dtype=torch.float64)
-    return spectrum
 
 
 def naive_fits(eigenvalues: np.ndarray) -> dict[int, tuple[float, float]]:
@@ -75,7 +71,7 @@ def test_metrics_against_the_naive_search(matrix):
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
 def test_pareto_gives_back_its_exponent(alpha):
     rng = np.random.default_rng(0)
-    spectrum = spectrum_of((1 - rng.random(20000)) ** (-1 / (alpha - 1)))  # density ~ x^-alpha on x >= 1
+    spectrum = Spectrum.of(torch.tensor((1 - rng.random(20000)) ** (-1 / (alpha - 1))))  # density ~ x^-alpha on x >= 1
     assert float(spectrum.hill[0]) == pytest.approx(alpha, rel=0.02)
     assert METRICS["alpha"].score(spectrum) == pytest.approx(alpha, rel=0.05)
     assert spectrum.best_fit(torch.arange(100)).ks < 0.02
@@ -88,17 +84,98 @@ def test_gaussian_spectrum_ends_at_the_marchenko_pastur_edge():
     assert float(found[0]) == pytest.approx((math.sqrt(800) - math.sqrt(400)) ** 2, rel=0.1)
 
 
-def test_weightwatcher_agrees_on_alpha():
+def test_early_rejection_loses_no_candidate():
+    """best_fit against every distance, on spectra of many shapes, also with ties and with a constant part."""
+    rng = np.random.default_rng(0)
+    for trial in range(40):
+        values = rng.pareto(1 + trial % 4, 50 + 37 * trial) + 0.01
+        if trial % 3 == 0:
+            values = np.round(values, 1) + 0.1
+        spectrum = Spectrum.of(torch.tensor(values))
+        starts = spectrum.starts()
+        starts = starts[spectrum.hill[starts].isfinite() & (spectrum.hill[starts] > 1)]
+        distances = spectrum.ks_distances(starts)
+        fit = spectrum.best_fit(spectrum.starts())
+        assert fit.ks == pytest.approx(float(distances.min()), rel=1e-9)
+        assert fit.lam_min == spectrum.eigenvalues[starts[int(distances.argmin())]]
+
+
+@pytest.fixture(scope="module")
+def real_matrices():
+    """Square, wide and tall matrices of the embedded model, as the metrics read them."""
+    model = load_model(find_source("smollm2", str(MODEL.parent)), device="cpu")
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+    matrices = [m for m in model.matrices if m.block in (0, 17) and m.name.endswith(kinds)]
+    return [as_published(m.weight).float().clone() for m in matrices]
+
+
+@pytest.fixture(scope="module")
+def watched(real_matrices):
+    """WeightWatcher's own table of them."""
+    import weightwatcher
+
+    layers = torch.nn.Sequential(*(torch.nn.Linear(*w.shape[::-1], bias=False) for w in real_matrices))
+    for layer, weight in zip(layers, real_matrices, strict=True):
+        layer.weight.data = weight
+    np.random.seed(0)
+    return weightwatcher.WeightWatcher(model=layers).analyze(randomize=True)
+
+
+@needs_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alpha", "alpha_weighted", "entropy", "log_alpha_norm", "log_norm", "log_spectral_norm", "spectral_norm",
+        "stable_rank",
+    ],
+)  # fmt: skip
+def test_weightwatcher_agrees(name, real_matrices, watched):
+    for weight, expected in zip(real_matrices, watched[name], strict=True):
+        assert METRICS[name].score(Spectrum(weight)) == pytest.approx(expected, rel=1e-3)
+
+
+@needs_model
+def test_random_distance_is_weightwatchers(real_matrices, watched):
+    """Another shuffle of the same weights: the distance is the same but for the draw."""
+    for weight, expected in zip(real_matrices, watched["rand_distance"], strict=True):
+        assert METRICS["random_distance"].score(Spectrum(weight)) == pytest.approx(expected, rel=0.03)
+
+
+def test_mp_softrank_is_weightwatchers():
     import weightwatcher
 
     torch.manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(120, 120, bias=False), torch.nn.Linear(120, 200, bias=False))
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight.copy_(torch.distributions.StudentT(2.5).sample(layer.weight.shape))
-    details = weightwatcher.WeightWatcher(model=layers).analyze()
-    for layer, expected in zip(layers, details["alpha"], strict=True):
-        assert METRICS["alpha"].score(Spectrum(layer.weight)) == pytest.approx(expected, rel=1e-3)
+    layer = torch.nn.Linear(120, 90, bias=False)
+    layer.weight.data = torch.randn(90, 120) + 0.3 * torch.randn(90, 1) @ torch.randn(1, 120)
+    details = weightwatcher.WeightWatcher(model=torch.nn.Sequential(layer)).analyze(mp_fit=True)
+    found = METRICS["mp_softrank"].score(Spectrum(layer.weight.data))
+    assert found == pytest.approx(float(details["mp_softrank"].iloc[0]), rel=1e-3)
+    assert 0 < found < 0.9
+
+
+def test_randomised_metrics_are_seeded_and_leave_numpys_generator_alone():
+    weight = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    np.random.seed(7)
+    expected = np.random.random()
+    np.random.seed(7)
+    first = METRICS["random_distance"].score(Spectrum(weight))
+    assert np.random.random() == expected
+    assert METRICS["random_distance"].score(Spectrum(weight)) == first
+
+
+@pytest.mark.parametrize("shape", [(30, 30), (30, 90), (64, 30)])
+def test_farms_pools_sliding_square_windows(shape):
+    weight = torch.distributions.StudentT(3.0).sample(shape)
+    size = min(shape)
+    pooled = []
+    for length_r in range(0, shape[0] - size + 1):
+        for length_c in range(0, shape[1] - size + 1):
+            step_r, step_c = max(1, (shape[0] - size) // 14), max(1, (shape[1] - size) // 14)
+            if length_r % step_r == 0 and length_c % step_c == 0 and max(length_r // step_r, length_c // step_c) < 15:
+                window = weight[length_r : length_r + size, length_c : length_c + size].double().numpy()
+                pooled.append(np.linalg.svd(window, compute_uv=False) ** 2)
+    expected = naive_alpha_peak(np.concatenate(pooled))
+    assert METRICS["farms"].score(Spectrum(weight)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_zero_eigenvalues_are_left_out():
@@ -107,19 +184,54 @@ def test_zero_eigenvalues_are_left_out():
     padded = torch.zeros(45, 70)
     padded[:30, :50] = weight
     torch.testing.assert_close(Spectrum(padded).eigenvalues, Spectrum(weight).eigenvalues)
-    for name in METRICS:
+    for name in set(METRICS) - {"mp_softrank", "random_distance", "farms"}:  # these look at the shape as well
         padded_score, score = METRICS[name].score(Spectrum(padded)), METRICS[name].score(Spectrum(weight))
         assert padded_score == pytest.approx(score, rel=1e-9), name
 
 
+DEGENERATE = {
+    "zero": torch.zeros(8, 8),
+    "rank one": torch.ones(8, 8),
+    "constant": torch.full((6, 9), 0.25),
+    "orthogonal": torch.eye(8),
+    "row": torch.arange(1.0, 9.0)[None],
+    "low rank": torch.arange(48.0).view(8, 6) @ torch.ones(6, 3) @ torch.arange(12.0).view(3, 4),
+}
+
+
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("kind", ["zero", "rank one", "orthogonal", "row"])
-def test_a_matrix_without_a_tail_is_a_named_error(name, kind):
-    weight = {
-        "zero": torch.zeros(8, 8),
-        "rank one": torch.ones(8, 8),
-        "orthogonal": torch.eye(8),
-        "row": torch.ones(1, 8),
-    }[kind]
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_a_degenerate_matrix_has_a_finite_value_or_a_named_error(name, kind):
+    with contextlib.suppress(DegenerateSpectrumError):
+        assert math.isfinite(METRICS[name].score(Spectrum(DEGENERATE[kind])))
+
+
+@pytest.mark.parametrize("name", ["alpha_peak", "alpha_mid", "alpha_peak_window", "alpha", "alpha_weighted", "farms"])
+@pytest.mark.parametrize("kind", ["zero", "rank one", "constant", "orthogonal"])
+def test_no_power_law_without_a_tail(name, kind):
     with pytest.raises(DegenerateSpectrumError):
-        METRICS[name].score(Spectrum(weight))
+        METRICS[name].score(Spectrum(DEGENERATE[kind]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("stable_rank", "orthogonal", 8.0), ("entropy", "orthogonal", 1.0), ("stable_rank", "rank one", 1.0),
+        ("spectral_norm", "row", 204.0), ("log_norm", "rank one", math.log10(64)), ("log_spectral_norm", "constant",
+        math.log10(54 / 16)),
+    ],
+)  # fmt: skip
+def test_values_worked_by_hand(name, kind, expected):
+    assert METRICS[name].score(Spectrum(DEGENERATE[kind])) == pytest.approx(expected, rel=1e-9)
+
+
+def test_signs_follow_what_noise_looks_like():
+    """More noise-like, and so more to lose, has the larger signed score for every metric."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, 300, generator=generator) / 20
+    signal = torch.randn(200, 200, generator=generator) @ torch.diag(torch.arange(1.0, 201.0) ** -1.2)
+    trained = noise + signal @ torch.randn(200, 300, generator=generator) / 4
+    for name, metric in METRICS.items():
+        if name in ("alpha_weighted", "log_alpha_norm"):  # products with a norm, which follows the scale
+            continue
+        assert metric.sign * metric.score(Spectrum(noise)) > metric.sign * metric.score(Spectrum(trained)), name

@@ -1,23 +1,18 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from lib import LanguageModel, RunConfig, RunError, results, save_checkpoint
+from lib.results.files import write_text
 
 
 @pytest.fixture
 def model():
     return LanguageModel(tiny_model("llama"))
-
-
-@pytest.fixture
-def values(model):
-    return {matrix.name: 2.0 + i for i, matrix in enumerate(model.matrices)}
 
 
 def config_of(tmp_path, **options) -> RunConfig:
@@ -33,46 +28,6 @@ def record_of(config, perplexity=None) -> dict:
     ]
     model = {"id": "tiny", "device": "cpu", "dtype": "float32", "prunable_parameters": 32, "coverage": 0.5}
     return results.build_record(config, model, layers, perplexity, {"total": 1.0}, [])
-
-
-def test_metric_cache_returns_what_was_written(tmp_path, model, values):
-    results.write_metric(tmp_path, model, "alpha_peak", values)
-    assert results.read_metric(tmp_path, model, "alpha_peak", []) == values
-    assert results.read_metric(tmp_path, model, "alpha_mid", []) is None
-
-
-def test_metric_cache_of_other_weights_is_refused(tmp_path, model, values):
-    results.write_metric(tmp_path, model, "alpha_peak", values)
-    other = LanguageModel(tiny_model("llama", seed=5))
-    with pytest.raises(RunError, match=r"--WW_metric_cache .* another model"):
-        results.read_metric(tmp_path, other, "alpha_peak", [])
-
-
-def test_metric_cache_of_an_earlier_definition_is_computed_again(tmp_path, model, values):
-    results.write_metric(tmp_path, model, "alpha_peak", values)
-    cache = json.loads((tmp_path / "alpha_peak.json").read_text())
-    (tmp_path / "alpha_peak.json").write_text(json.dumps({**cache, "version": 0}))
-    assert results.read_metric(tmp_path, model, "alpha_peak", []) is None
-
-
-def test_published_array_is_taken_in_module_order_with_a_warning(tmp_path, model, values):
-    np.save(tmp_path / "alpha_peak.npy", np.array(list(values.values())))
-    events: list[dict] = []
-    assert results.read_metric(tmp_path, model, "alpha_peak", events) == values
-    assert "nothing in it says" in events[0]["message"]
-
-
-@pytest.mark.parametrize("array", [np.ones(20), np.ones((21, 1)), np.full(21, np.nan), np.array(["x"] * 21)])
-def test_array_that_does_not_fit_is_refused(tmp_path, model, array):
-    np.save(tmp_path / "alpha_peak.npy", array)
-    with pytest.raises(RunError, match="--WW_metric_cache"):
-        results.read_metric(tmp_path, model, "alpha_peak", [])
-
-
-def test_pickled_array_is_not_executed(tmp_path, model):
-    np.save(tmp_path / "alpha_peak.npy", np.array([{"a": 1}] * 21), allow_pickle=True)
-    with pytest.raises(RunError, match="plain array"):
-        results.read_metric(tmp_path, model, "alpha_peak", [])
 
 
 def test_run_folder(tmp_path):
@@ -99,10 +54,10 @@ def test_run_folder(tmp_path):
 
 def test_a_write_that_dies_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    results.write_text(path, "old")
+    write_text(path, "old")
     monkeypatch.setattr("pathlib.Path.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RunError, match=r"run\.json: cannot be written: disk full"):
-        results.write_text(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

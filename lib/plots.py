@@ -1,0 +1,132 @@
+"""Pictures of a run, as matplotlib figures: every matrix's ESD with its power law, and what goes over depth."""
+
+import io
+import math
+import re
+
+import numpy
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+PANELS = 96  # of one page at most: past that a page shows blocks evenly spread
+BLUE, RED, GREY = "#4878b0", "#c4161c", "0.45"
+
+
+def kind_of(layer: dict) -> str:
+    """What a matrix is inside its block, without the numbers of experts: `mlp.experts.down_proj`."""
+    inside = layer["name"].partition(f".{layer['block']}.")[2]
+    return re.sub(r"\.\d+(?=\.|$)", "", inside)
+
+
+def by_kind(layers: list[dict]) -> dict[str, list[dict]]:
+    """The layers of each kind, in module order."""
+    kinds: dict[str, list[dict]] = {}
+    for layer in layers:
+        kinds.setdefault(kind_of(layer), []).append(layer)
+    return kinds
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> dict[str, Figure]:
+    """kind -> a page with the ESD of that kind of matrix in each block (of experts: the first), on log-log axes.
+
+    portraits: matrix name -> histogram and fit (lib/quality.py). Blue: histogram of the eigenvalues; solid red: its
+    tail from lam_min; dashed red: the fitted power law.
+    """
+    pages = {}
+    for kind, members in by_kind(layers).items():
+        first = list({layer["block"]: layer for layer in reversed(members)}.values())[::-1]
+        shown = [first[i] for i in numpy.unique(numpy.linspace(0, len(first) - 1, min(len(first), PANELS), dtype=int))]
+        columns = min(len(shown), max(3, math.ceil(math.sqrt(1.2 * len(shown)))))
+        rows = math.ceil(len(shown) / columns)
+        figure = Figure(figsize=(2.5 * columns, 2.1 * rows + 0.7), layout="constrained")
+        note = "" if len(first) == len(members) else ", first expert of each block"
+        figure.suptitle(f"{kind}{note}: eigenvalue density, tail and power-law fit ({metric})", fontsize=13)
+        axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        for axis, layer in zip(axes, shown, strict=False):
+            _draw_esd(axis, f"block {layer['block']}", portraits.get(layer["name"]))
+        for axis in axes[len(shown) :]:
+            axis.axis("off")
+        figure.supxlabel(r"eigenvalue $\lambda$ of the smaller Gram matrix", fontsize=11)
+        figure.supylabel("density", fontsize=11)
+        pages[kind] = figure
+    return pages
+
+
+def _draw_esd(axis, title: str, portrait: dict | None) -> None:
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.tick_params(labelsize=8)
+    if portrait is None:
+        axis.set_title(f"{title}: no power law", fontsize=9)
+        return
+    counts = numpy.array(portrait["counts"], dtype=float)
+    edges = numpy.logspace(portrait["low"], portrait["high"], len(counts) + 1)
+    density = counts / counts.sum() / numpy.diff(edges)
+    centres = numpy.sqrt(edges[:-1] * edges[1:])
+    alpha, start = portrait["alpha"], portrait["lam_min"]
+    seen = density > 0
+    axis.stairs(density, edges, fill=True, baseline=density[seen].min() / 3, color=BLUE, alpha=0.75)
+    tail = seen & (edges[1:] > start)
+    axis.plot(centres[tail], density[tail], color=RED, linewidth=1.6)
+    x = numpy.array([start, edges[-1]])
+    fitted = portrait["tail"] * (alpha - 1) / start * (x / start) ** -alpha
+    axis.plot(x, fitted, color=RED, linestyle="--", linewidth=1.4)
+    axis.axvline(start, color=RED, linewidth=0.6, alpha=0.6)
+    axis.set_title(rf"{title}: $\alpha$ {alpha:.2f}, KS {portrait['ks']:.3f}", fontsize=9)
+
+
+def _depth_figure(title: str, label: str):
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(title, fontsize=13)
+    axis.set_xlabel("block")
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.25)
+    return figure, axis
+
+
+def _mean_by_block(layers: list[dict], values: dict[str, float]) -> tuple[list[int], list[float]]:
+    """Blocks, and the mean over each one's matrices."""
+    blocks: dict[int, list[float]] = {}
+    for layer in layers:
+        blocks.setdefault(layer["block"], []).append(values[layer["name"]])
+    return list(blocks), [sum(found) / len(found) for found in blocks.values()]
+
+
+def draw_scores(layers: list[dict], scores: dict[str, float], metric: str) -> Figure:
+    """The metric over depth: a line for each kind of matrix, and the mean of each block."""
+    figure, axis = _depth_figure(f"{metric} over depth, by kind of matrix", metric)
+    for kind, members in by_kind(layers).items():
+        axis.plot(*_mean_by_block(members, scores), marker=".", linewidth=1, alpha=0.8, label=kind)
+    axis.plot(*_mean_by_block(layers, scores), color="black", linewidth=2.6, label="mean of the block")
+    axis.legend(fontsize=9, ncols=2)
+    return figure
+
+
+def draw_sparsities(layers: list[dict], target: float) -> Figure:
+    """Target and achieved sparsity of every matrix over depth, beside what uniform pruning would give."""
+    figure, axis = _depth_figure("Sparsity over depth", "share of zeros")
+    size = {layer["name"]: math.prod(layer["shape"]) for layer in layers}
+    blocks = sorted({layer["block"] for layer in layers})
+
+    def share(key: str) -> list[float]:
+        inside = [[layer for layer in layers if layer["block"] == block] for block in blocks]
+        return [sum(x[key] * size[x["name"]] for x in xs) / sum(size[x["name"]] for x in xs) for xs in inside]
+
+    axis.axhline(target, color=GREY, linestyle=":", linewidth=1.6, label=f"uniform, {target:g}")
+    axis.scatter(
+        [layer["block"] for layer in layers], [layer["sparsity"] for layer in layers],
+        s=14, color=BLUE, alpha=0.5, label="achieved, each matrix",
+    )  # fmt: skip
+    axis.plot(blocks, share("target_sparsity"), color=RED, linewidth=2.2, label="target of the block")
+    axis.plot(blocks, share("sparsity"), color="black", linestyle="--", linewidth=1.2, label="achieved by the block")
+    axis.legend(fontsize=9)
+    return figure

@@ -1,0 +1,22 @@
+"""Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
+
+from .cache import MetricCache, metric_folder
+from .checkpoint import MARK, save_checkpoint
+from .report import write_report
+from .run import COLUMNS, append_result, build_record, layer_records, prepare, run_folder, summary, write_run
+
+__all__ = [
+    "COLUMNS",
+    "MARK",
+    "MetricCache",
+    "append_result",
+    "build_record",
+    "layer_records",
+    "metric_folder",
+    "prepare",
+    "run_folder",
+    "save_checkpoint",
+    "summary",
+    "write_report",
+    "write_run",
+]

@@ -1,0 +1,241 @@
+"""What a run leaves behind: run.json, layers.csv, the published text file, a line in results.tsv, a summary."""
+
+import csv
+import io
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+from ..config import RunConfig
+from ..errors import RunError
+from ..model import LanguageModel
+from .checkpoint import MARK
+from .files import append_line, check_folder, write_text
+
+COLUMNS = (
+    "run", "model", "method", "sparsity_type", "target", "achieved", "metric", "epsilon", "mapping_type", "seed",
+    "dataset", "seqlen", "windows", "perplexity_dense", "perplexity", "seconds",
+)  # fmt: skip
+
+
+def prepare(config: RunConfig) -> None:
+    """Make sure, before hours of work, that everything the run will write can be written."""
+    check_folder("--save", Path(config.save))
+    if config.ww_metric_cache is not None:
+        check_folder("--WW_metric_cache", Path(config.ww_metric_cache))
+    elif config.analyze_only or config.plot or config.scored:
+        check_folder("--cache_dir", Path(config.cache_dir))
+    if config.save_model is not None:
+        path = Path(config.save_model)
+        others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
+        for flag, other in others.items():
+            if other is not None and Path(other).resolve().is_relative_to(path.resolve()):
+                raise RunError(
+                    f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"
+                )
+        check_folder("--save_model", path)
+        if any(path.iterdir()) and not (path / MARK).is_file():
+            raise RunError(
+                f"--save_model {path}: holds files that are not a checkpoint of this tool; name another folder"
+            )
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The run's own folder."""
+    return Path(config.save) / config.run_name
+
+
+def layer_records(model: LanguageModel, scores: dict, targets: dict, reached: dict) -> list[dict]:
+    """The `layers` of run.json, from the score (where there is one), target and share of zeros of each matrix."""
+    return [
+        {
+            "name": matrix.name, "block": matrix.block, "shape": list(matrix.shape), "score": scores.get(matrix.name),
+            "target_sparsity": targets[matrix.name], "sparsity": reached[matrix.name],
+        }
+        for matrix in model.matrices
+    ]  # fmt: skip
+
+
+def build_record(
+    config: RunConfig,
+    model: dict,
+    layers: list[dict],
+    perplexity: dict | None,
+    seconds: dict[str, float],
+    events: list[dict],
+) -> dict:
+    """The contents of run.json.
+
+    `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}.
+    """
+    return {
+        "run": config.run_name,
+        "config": {flag: list(value) if isinstance(value, tuple) else value for flag, value in asdict(config).items()},
+        "model": model,
+        "sparsity": None if config.analyze_only else _sparsity(config, layers),
+        "perplexity": perplexity,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "events": events,
+        "environment": environment(model),
+        "layers": layers,
+    }
+
+
+def by_block(layers: list[dict]) -> dict[int, list[dict]]:
+    """The layers of each block."""
+    blocks: dict[int, list[dict]] = {}
+    for layer in layers:
+        blocks.setdefault(layer["block"], []).append(layer)
+    return blocks
+
+
+def _sparsity(config: RunConfig, layers: list[dict]) -> dict:
+    return {
+        "target": config.sparsity,
+        "achieved": _share_of_zeros(layers),
+        "blocks": [_share_of_zeros(block) for block in by_block(layers).values()],
+    }
+
+
+def _share_of_zeros(layers: list[dict]) -> float:
+    sizes = [math.prod(layer["shape"]) for layer in layers]
+    return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest resident set of this process so far and, on cuda, the largest allocation of each device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    for index in range(torch.cuda.device_count()):
+        peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
+    return peaks
+
+
+def environment(model: dict) -> dict:
+    """What the numbers were made with."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        revision = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": model["device"],
+        "device_name": torch.cuda.get_device_name() if model["device"].startswith("cuda") else platform.processor(),
+        "dtype": model["dtype"],
+        "threads": torch.get_num_threads(),
+        "git_revision": revision,
+    }
+
+
+def write_run(config: RunConfig, record: dict) -> Path:
+    """Write run.json and layers.csv, and the published text file once there is a perplexity. Returns the folder."""
+    folder = run_folder(config)
+    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "layers.csv", _layers_table(record["layers"]))
+    if record["perplexity"]:
+        name = f"perplexity_{config.prune_method}_sparsity_{config.sparsity:g}.txt"
+        achieved, pruned = record["sparsity"]["achieved"], record["perplexity"]["pruned"]
+        header = "method\tactual_sparsity\tppl_test\n"
+        write_text(folder / name, f"{header}{config.prune_method}\t{achieved:.4f}\t{pruned:.4f}\n")
+    return folder
+
+
+def _layers_table(layers: list[dict]) -> str:
+    """layers.csv: a column for each number of a layer, its shape as rows and columns, one metric a column."""
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    for index, layer in enumerate(layers):
+        own = {key: value for key, value in layer.items() if key not in ("shape", "scores")} | layer.get("scores", {})
+        values = {"name": own.pop("name"), "block": own.pop("block")}
+        values |= dict(zip(("rows", "columns"), layer["shape"], strict=True)) | own
+        if index == 0:
+            rows.writerow(values)
+        rows.writerow("" if value is None else value for value in values.values())
+    return table.getvalue()
+
+
+def append_result(config: RunConfig, record: dict) -> None:
+    """One line for the run at the end of results.tsv."""
+    perplexity = record["perplexity"] or {}
+    scored = any(layer["score"] is not None for layer in record["layers"])
+    allocated = [*config.ww_metric, config.epsilon, config.mapping_type]
+    values = (
+        record["run"], config.model, config.prune_method, config.sparsity_type, config.sparsity,
+        f"{record['sparsity']['achieved']:.6f}", *(allocated if scored else ["", "", ""]), config.seed,
+        *map(perplexity.get, ("dataset", "seqlen", "windows", "dense", "pruned")), f"{record['seconds']['total']:.1f}",
+    )  # fmt: skip
+    line = "\t".join("" if value is None else str(value) for value in values) + "\n"
+    append_line(Path(config.save) / "results.tsv", line, "\t".join(COLUMNS) + "\n")
+
+
+def summary(record: dict) -> str:
+    """The run as a small table for people."""
+    config, folder = record["config"], Path(record["config"]["save"]) / record["run"]
+    lines = _analysis_lines(record) if config["analyze_only"] else _pruning_lines(record)
+    pictures = ", report.html with its pictures" if config["plot"] else ""
+    lines += ["", f"Results: {folder}/ (run.json, layers.csv{pictures})"]
+    if config["save_model"]:
+        lines.append(f"Pruned model: {config['save_model']}/")
+    return "\n".join(lines)
+
+
+def _pruning_lines(record: dict) -> list[str]:
+    model, sparsity, perplexity = record["model"], record["sparsity"], record["perplexity"]
+    method, blocks = record["config"]["prune_method"], sparsity["blocks"]
+    lines = [
+        "",
+        f"{method} on {model['id']}: {sparsity['achieved']:.2%} of {model['prunable_parameters']:,} "
+        f"prunable weights removed ({model['coverage']:.1%} of the model is prunable)",
+        "",
+        f"{'':28}{'dense':>10}{'pruned':>10}",
+        f"{'share of zeros':28}{'':>10}{sparsity['achieved']:>10.4f}",
+        f"{'  least pruned block':28}{'':>10}{min(blocks):>10.4f}",
+        f"{'  most pruned block':28}{'':>10}{max(blocks):>10.4f}",
+    ]
+    if perplexity:
+        dense = f"{perplexity['dense']:.3f}" if perplexity["dense"] else "-"
+        name = f"perplexity, {Path(perplexity['dataset']).name}"
+        lines.append(f"{name[:28]:28}{dense:>10}{perplexity['pruned']:>10.3f}")
+        lines.append(f"{'  (lower is better)':28}")
+    return lines
+
+
+def _analysis_lines(record: dict) -> list[str]:
+    """By block: each metric's mean, and the matrices with the lowest and the highest value of the first."""
+    metrics = record["config"]["ww_metric"]
+    first, model = metrics[0], record["model"]
+    blocks = by_block(record["layers"])
+    prefix = {block: f".{block}." for block in blocks}
+
+    def extreme(block: int, choose) -> str:
+        layer = choose(blocks[block], key=lambda layer: layer["scores"][first])
+        return f"{layer['name'].partition(prefix[block])[2]} {layer['scores'][first]:.3f}"
+
+    widths = [max(12, len(metric) + 2) for metric in metrics]
+    lines = [
+        "",
+        f"{len(record['layers'])} matrices of {model['id']} in {len(blocks)} blocks "
+        f"({model['coverage']:.1%} of the model is prunable); mean by block, and the extremes of {first}",
+        "",
+        f"{'block':>5}" + "".join(f"{metric:>{width}}" for metric, width in zip(metrics, widths, strict=True))
+        + f"  {'lowest':32}highest",
+    ]  # fmt: skip
+    for block, layers in blocks.items():
+        means = [sum(layer["scores"][metric] for layer in layers) / len(layers) for metric in metrics]
+        cells = "".join(f"{mean:>{width}.3f}" for mean, width in zip(means, widths, strict=True))
+        lines.append(f"{block:>5}{cells}  {extreme(block, min):32}{extreme(block, max)}")
+    if first.startswith("alpha"):
+        lines += ["", "A low alpha is a heavy tail: a matrix that is trained well and should lose few weights."]
+    return lines
