@@ -8,14 +8,13 @@ import sys
 
 from lib import cli, results
 from lib.allocation import Problem, allocate
+from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.metrics import METRICS
-from lib.model import LanguageModel
 from lib.pruners import PRUNERS
-from lib.quality import layer_quality
 from lib.sequential import prune_model
 from lib.stopwatch import Stopwatch
 
@@ -36,23 +35,6 @@ def run(config: RunConfig) -> dict:
     return record
 
 
-def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
-    """Measure every metric asked for, and stop."""
-    with clock("load"):
-        model = open_model(find_source(config.model, config.cache_dir, config.trust_remote_code), config.device)
-        described = describe(model, events)
-    scores, portraits = score(config, model, clock, events)
-    layers = [
-        {"name": m.name, "block": m.block, "shape": list(m.shape), "scores": {k: v[m.name] for k, v in scores.items()}}
-        for m in model.matrices
-    ]
-    record = results.build_record(config, described, layers, None, clock.seconds(), events)
-    folder = results.write_run(config, record)
-    if config.plot:
-        results.write_report(folder, record, scores, portraits)
-    return record
-
-
 def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Allocate, prune, evaluate, save."""
     pruner = PRUNERS[config.pruner]
@@ -68,14 +50,24 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             )
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
-        model = load_model(source, config.device, config.dtype, tokenizer)
+        if config.stream:
+            model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
+            model.load_rest()
+        else:
+            model = load_model(source, config.device, config.dtype, tokenizer)
         model.check(config.pattern, calibration, evaluation)
         described, batch = describe(model, events), config.batch(seqlen)
 
-    dense = None
-    if config.eval_dense:
+    journal = results.Journal(config, model) if config.stream else None
+    remember = journal.recall if journal else lambda _, make: make()
+
+    def evaluate(what: str) -> float:
         with clock("evaluate"):
-            dense = perplexity(model, evaluation, batch_size=batch, what="perplexity, dense")
+            return perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}", store=store)
+
+    store = results.activation_store(config)
+    dense = remember("dense", lambda: evaluate("dense")) if config.eval_dense else None
+    if dense is not None:
         log.info("perplexity before pruning: %.4f", dense)
 
     scores, portraits, metric = {}, {}, config.ww_metric[0]
@@ -92,61 +84,41 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             epsilon=config.epsilon,
             mapping=config.mapping_type,
         )
-        targets = allocate(config.allocation, problem, config.pattern.group, events=events)
+        targets = remember("targets", lambda: allocate(config.allocation, problem, config.pattern.group, events=events))
 
-    if config.sparsity > 0:
-        variant = pruner.variant if config.use_variant else pruner
-        prune_model(model, variant, targets, config.pattern, calibration, batch_size=batch, clock=clock, events=events)
+    resumable = {}
+    if journal:
+        journal.reread(journal.done)
+        events += journal.events
+        resumable = {"done": journal.done, "commit": journal.commit, "store": store}
+    variant = pruner.variant if config.use_variant else pruner
+    prune_model(
+        model, variant, targets, config.pattern, calibration, batch_size=batch, clock=clock, events=events, **resumable
+    )
+    if journal:
+        journal.finish()
 
     layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
     measured = None
     record = results.build_record(config, described, layers, measured, clock.seconds(), events)
     folder = results.write_run(config, record)  # once now, so that nothing is lost if what follows fails
-    if config.save_model:
+    if config.save_model and not journal:
         with clock("save"):
             results.save_checkpoint(model, config.save_model, record)
 
     if evaluation is not None:
-        with clock("evaluate"):
-            pruned = perplexity(model, evaluation, batch_size=batch, what="perplexity, pruned")
         measured = {
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen, "windows": len(evaluation),
-            "tokens": evaluation.numel(), "dense": dense, "pruned": pruned,
+            "tokens": evaluation.numel(), "dense": dense, "pruned": evaluate("pruned"),
         }  # fmt: skip
     record = results.build_record(config, described, layers, measured, clock.seconds(), events)
     results.write_run(config, record)
     results.append_result(config, record)
     if config.plot:
         results.write_report(folder, record, scores, portraits)
+    if journal:
+        journal.close(record)
     return record
-
-
-def describe(model: LanguageModel, events: list[dict]) -> dict:
-    """The `model` part of run.json, logged."""
-    described = model.describe()
-    log.info(
-        "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
-        len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
-    )  # fmt: skip
-    if model.uncovered:
-        note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
-    return described
-
-
-def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: list[dict]) -> tuple[dict, dict]:
-    """Every matrix under every metric of the run, and what the pictures show of its spectrum; from the cache what is
-    there.
-    """
-    portraits = {} if config.plot else None
-    with clock("metric"):
-        cache = results.MetricCache(results.metric_folder(config, model), model, events)
-        scores = layer_quality(model, *config.ww_metric, cache=cache, portraits=portraits, events=events)
-    return scores, portraits
-
-
-def note(events: list[dict], message: str) -> None:
-    log.warning("%s", message)
-    events.append({"matrix": None, "message": message})
 
 
 if __name__ == "__main__":

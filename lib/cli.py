@@ -16,6 +16,7 @@ import transformers
 from tqdm import tqdm
 from transformers import modeling_gguf_pytorch_utils
 
+from . import ranks
 from .config import RunConfig
 from .errors import RunError
 from .memory import keep_freed_memory
@@ -91,10 +92,15 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
     keep_freed_memory()
     try:
         config = parse(arguments)
-        set_up_logging(config.quiet)
-        print(run(config))
+        ranks.join(config.device)
+        set_up_logging(config.quiet or not ranks.first())
+        said = run(config)
+        if ranks.first():
+            print(said)
+        ranks.leave()
     except RunError as error:
-        print(f"main.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        who = "" if ranks.size() == 1 else f" on rank {ranks.rank()}"
+        print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         print(f"main.py: error: out of GPU memory; try --batch_size 1 ({str(error).split('.')[0]})", file=sys.stderr)

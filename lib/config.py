@@ -76,6 +76,11 @@ class RunConfig:
     plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
     save: str = _flag("results", "folder for results")
     save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
+    stream: bool = _flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
+    activation_memory: float | None = _flag(
+        None, "GB of activations kept in memory with --stream, the rest in a file (default: a quarter of what is free)"
+    )
+    restart: bool = _flag(False, "with --stream: begin anew instead of going on after the last finished block")
     quiet: bool = _flag(False, "no log and no progress bars")
 
     def __post_init__(self):
@@ -133,8 +138,12 @@ class RunConfig:
             raise RunError("--eval_zero_shot: is not available yet; leave it out (perplexity is reported)")
         if not self.ww_metric:
             raise RunError("--WW_metric: is missing; name at least one")
+        if self.activation_memory is not None and not self.activation_memory >= 0:
+            raise RunError(f"--activation_memory {self.activation_memory:g}: must be at least 0, in GB")
         if self.analyze_only:
             return
+        if self.stream and self.save_model is None:
+            raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
         if self.use_variant and PRUNERS[self.pruner].variant is None:
@@ -175,11 +184,13 @@ class RunConfig:
             return [flag_of(f) for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
         unread = []
         if not self.scored:
-            unread += ["ww_metric", "ww_metric_cache", "epsilon", "mapping_type"]
+            unread += ["epsilon", "mapping_type", *([] if self.plot else ["ww_metric", "ww_metric_cache"])]
         if PRUNERS[self.pruner].needs == "nothing":
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
+        if not self.stream:
+            unread += ["activation_memory", "restart"]
         return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
 
     def window(self, limit: int | None) -> int:
@@ -195,14 +206,18 @@ class RunConfig:
         kind = torch.device(choose_device(self.device)).type
         return self.batch_size or max(1, TOKENS_AT_ONCE[kind] // seqlen)
 
-    @property
-    def run_name(self) -> str:
-        """Readable, and unique to what decides the result: the end is a digest of those flags."""
-        elsewhere = ("cache_dir", "save", "save_model", "quiet", "plot")
+    def deciding(self) -> dict:
+        """The flags that decide a run's result."""
+        elsewhere = ("cache_dir", "save", "save_model", "quiet", "plot", "activation_memory", "restart")
         deciding = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         if Path(self.model).exists():
             deciding["model"] = str(Path(self.model).resolve())
-        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+        return deciding
+
+    @property
+    def run_name(self) -> str:
+        """Readable, and unique to what decides the result: the end is a digest of those flags."""
+        digest = hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
         if self.analyze_only:
             return "-".join(["analysis", Path(self.model).name, digest])
         parts = [self.prune_method, f"{self.sparsity:g}"]

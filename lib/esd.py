@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from scipy.linalg import eigvalsh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
+SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/LOG.md)
 BINS = 100  # of the histogram of log10(eigenvalues), in alpha_peak's definition and in the pictures
 COARSE_POINTS = 48  # of a tail, to reject candidates by; a few more or fewer change nothing but the time
 EXACT_AT_ONCE = 32  # candidates whose distance is computed in full before looking again at the best so far
@@ -49,14 +51,18 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     reduction to tridiagonal form, n <= m. Raises ValueError for NaN or infinity.
     """
     matrix = matrix.double().contiguous()
-    if not matrix.isfinite().all():
-        raise ValueError("holds NaN or infinity")
     wide = matrix.shape[0] <= matrix.shape[1]
     if matrix.device.type == "cpu":
         # BLAS sees the row-major matrix as its transpose, without a copy; one triangle is filled.
         gram = torch.from_numpy(dsyrk(1.0, matrix.numpy().T, trans=wide).T)
     else:
         gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    del matrix
+    if not gram.diagonal().isfinite().all():  # a sum of squares over every row (or column)
+        raise ValueError("holds NaN or infinity")
+    if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
+        values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
+        return torch.from_numpy(values).clamp_(min=0)
     return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
 
 

@@ -6,34 +6,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import ranks
+from .activations import Store
 from .errors import RunError
 from .model import LanguageModel
 from .progress import progress
+from .sequential import last_hidden_states
 
 LOGITS_AT_ONCE = 2**23  # elements: 32 MiB of float32
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, windows: Tensor, *, batch_size: int = 1, what: str = "perplexity") -> float:
+def perplexity(
+    model: LanguageModel,
+    windows: Tensor,
+    *,
+    batch_size: int = 1,
+    what: str = "perplexity",
+    store: Store | None = None,
+) -> float:
     """exp of the mean negative log-likelihood of tokens 2..seqlen of each window (the protocol of GPTQ).
 
-    windows (windows, seqlen) token ids. Logits exist for a chunk of positions at a time, never for a window.
-    Raises RunError where the result is not finite.
+    windows (windows, seqlen) token ids, of which each rank takes its share. Logits exist for a chunk of positions at a
+    time, never for a window. Raises RunError where the result is not finite.
     """
-    total = 0.0
-    with progress(None, what, "window", total=len(windows)) as bar:
-        for batch in windows.split(batch_size):
-            total += _negative_log_likelihood(model, batch)
-            bar.update(len(batch))
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    total, mine = torch.zeros(1, dtype=torch.float64), ranks.mine(windows)
+    with progress(None, what, "window", total=len(mine)) as bar:
+        for tokens, hidden in last_hidden_states(model, mine, batch_size, store):
+            total += _negative_log_likelihood(model, tokens, hidden)
+            bar.update(len(tokens))
+    ranks.add_up(total)
+    mean = float(total) / (windows.shape[0] * (windows.shape[1] - 1))
     if not mean < 700:  # beyond what exp can take, or NaN
         raise RunError(f"{what}: the model's mean loss is {mean:g} nats a token; try --dtype float32 or bfloat16")
     return math.exp(mean)
 
 
-def _negative_log_likelihood(model: LanguageModel, tokens: Tensor) -> float:
-    """Summed over the predicted tokens of a batch (B, S), in nats."""
-    hidden = model.hidden_states(tokens)[:, :-1]  # (B, S-1, d) predict tokens[:, 1:]
+def _negative_log_likelihood(model: LanguageModel, tokens: Tensor, hidden: Tensor) -> float:
+    """Summed over the predicted tokens of a batch (B, S) with last hidden states (B, S, d), in nats."""
+    hidden = hidden[:, :-1]  # (B, S-1, d) predict tokens[:, 1:]
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     chunk = max(1, LOGITS_AT_ONCE // (vocabulary * len(tokens)))
     total = 0.0
@@ -45,5 +56,9 @@ def _negative_log_likelihood(model: LanguageModel, tokens: Tensor) -> float:
 
 
 def sparsity_by_matrix(model: LanguageModel) -> dict[str, float]:
-    """The share of zeros in each prunable matrix, counted."""
-    return {m.name: 1 - int(m.weight.count_nonzero()) / m.size for m in model.matrices}
+    """The share of zeros in each prunable matrix, counted; of a streamed model in the files that it was written to."""
+    found = {}
+    for group in model.groups():
+        with model.resident(group):
+            found |= {m.name: 1 - int(m.weight.count_nonzero()) / m.size for m in group}
+    return found

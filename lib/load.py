@@ -1,5 +1,6 @@
 """Where a model comes from, and loading it: the hub, a local folder, a GGUF file or the embedded model."""
 
+import contextlib
 import copy
 import importlib.util
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from . import ranks
 from .errors import RunError
 from .model import LanguageModel
 from .shards import ShardedModel
@@ -101,7 +103,9 @@ def load_tokenizer(source: Source):
 def choose_device(device: str) -> str:
     """`auto` is cuda where there is one, else cpu. Raises RunError for a device that is not there."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and ranks.size() > 1:
+        return f"cuda:{torch.cuda.current_device()}"  # a rank has one GPU of its own
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
@@ -147,25 +151,28 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokeni
     return LanguageModel(model, tokenizer, name=source.name)
 
 
-def open_model(source: Source, device: str = "auto") -> LanguageModel:
-    """A causal LM of which only the matrices are to be read, each when its turn comes.
+def open_model(source: Source, device: str = "auto", dtype: str = "float32", tokenizer=None) -> ShardedModel:
+    """A causal LM whose blocks are read from its safetensors files when their turn comes; nothing is loaded yet.
 
-    From safetensors files nothing else is loaded, in float32; a model in any other form is loaded whole.
+    Raises RunError where it has no safetensors files.
     """
-    device = choose_device(device)
-    files = _safetensors_files(source)
+    files = safetensors_files(source)
     if not files:
-        return load_model(source, device, "float32" if device == "cpu" else "auto")
+        raise RunError(f"--model {source.name}: has no safetensors files to read from")
+    device = choose_device(device)
     config = copy.deepcopy(load_config(source))
+    dtype = choose_dtype(dtype, device, config.dtype)
     with init_empty_weights():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            config, dtype=dtype, trust_remote_code=source.trust_remote_code
         )
     model.tie_weights()
-    return ShardedModel(model, files, source.name, device)
+    with contextlib.suppress(OSError):  # many models have none
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.path, **source.options)
+    return ShardedModel(model, files, source.name, device, tokenizer)
 
 
-def _safetensors_files(source: Source) -> list[Path]:
+def safetensors_files(source: Source) -> list[Path]:
     """The files of the checkpoint, downloaded if need be; none where it has no safetensors."""
     if source.gguf:
         return []

@@ -16,9 +16,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from . import ranks
 from .errors import RunError
 from .esd import as_published
 from .masks import Pattern
+from .progress import progress
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
 
@@ -66,20 +68,24 @@ class LanguageModel:
     blocks      the decoder's blocks, in order
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
+    prefix      the full name of the list of blocks
+    streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
+
+    streamed = False
 
     def __init__(self, model: nn.Module, tokenizer=None, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name = name or type(model).__name__
-        prefix, self.blocks = _find_blocks(model)
+        self.prefix, self.blocks = _find_blocks(model)
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
         for index, block in enumerate(self.blocks):
-            matrices, uncovered = _find_matrices(block, f"{prefix}.{index}", index)
+            matrices, uncovered = _find_matrices(block, f"{self.prefix}.{index}", index)
             self.matrices += matrices
             self.uncovered += uncovered
         # The part of the model between tokens and the last hidden state: the module that holds the blocks.
-        self.body = model.get_submodule(prefix.rpartition(".")[0])
+        self.body = model.get_submodule(self.prefix.rpartition(".")[0])
         if self.body is model:
             raise RunError(f"--model {self.name}: {type(model).__name__} has no body apart from its head")
 
@@ -101,6 +107,16 @@ class LanguageModel:
         """While the values of `matrices` are read. A model in memory has them at hand, and nothing is done."""
         yield
 
+    @contextmanager
+    def resident_block(self, index: int):
+        """While the block `index` is run or changed; likewise."""
+        yield
+
+    @contextmanager
+    def resident_in_forward(self, index: int):
+        """While forward passes of the whole model reach the block `index`; likewise."""
+        yield
+
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -120,14 +136,19 @@ class LanguageModel:
 
         Of the values as the metrics read them, so that it does not depend on --dtype.
         """
-        digest = hashlib.sha256()
-        for group in self.groups():
+        groups, found = list(self.groups()), {}
+        owners = ranks.deal([sum(matrix.size for matrix in group) for group in groups])
+        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
+        for group in progress(mine, "reading weights", "tensor"):
             with self.resident(group):
                 for matrix in group:
                     weight = as_published(matrix.weight)
-                    digest.update(f"{matrix.name} {weight.dtype} {tuple(weight.shape)}".encode())
+                    digest = hashlib.sha256(f"{matrix.name} {weight.dtype} {tuple(weight.shape)}".encode())
                     digest.update(weight.contiguous().cpu().view(torch.uint8).numpy())
-        return digest.hexdigest()
+                    found[matrix.name] = digest.digest()
+        for others in ranks.gather(found):
+            found |= others
+        return hashlib.sha256(b"".join(found[matrix.name] for matrix in self.matrices)).hexdigest()
 
     def describe(self) -> dict:
         """The `model` part of run.json."""
@@ -158,26 +179,22 @@ class LanguageModel:
                     f"--sparsity_type: {matrix.name} has {matrix.shape[1]} inputs, not a multiple of {pattern.group}"
                 )
         for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
+            if not parameter.is_meta and not parameter.isfinite().all():
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
-
-    @cached_property
-    def _output_class(self) -> type:
-        """What the body returns, learnt from one token: the head's code may ask it for more than hidden states."""
-        with torch.no_grad():
-            return type(self.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False))
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Last hidden state of token ids (B, S), after the final norm and before the head; (B, S, d)."""
-        return self.body(input_ids=tokens.to(self.device), use_cache=False, return_dict=True)[0]
+        output = self.body(input_ids=tokens.to(self.device), use_cache=False, return_dict=True)
+        self._output_class = type(output)  # the head's code may ask the body for more than hidden states
+        return output[0]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's own path from hidden states (B, S, d) to logits (B, S, vocabulary).
 
         Whatever the model does around its head (scaling, soft caps) is done by its own forward, which finds
-        `hidden` where its body's output would be.
+        `hidden` where its body's output would be. `hidden_states` has to be asked first.
         """
         output, asked = self._output_class(last_hidden_state=hidden), []
 

@@ -1,12 +1,14 @@
 """Layer quality: every metric asked for of every matrix, from one decomposition each."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+from . import ranks
 from .errors import RunError
 from .esd import DegenerateSpectrumError, Spectrum, as_published
 from .metrics import METRICS
-from .model import LanguageModel
+from .model import LanguageModel, Matrix
 from .progress import progress
 from .results.cache import MetricCache
 
@@ -59,27 +61,50 @@ def measure(
     """entry -> matrix name -> what its function, in {entry: (version, function of a Spectrum)}, says of the matrix;
     where that is undefined, the reason as a string.
     """
-    found = {entry: cache.read(entry, version) if cache else {} for entry, (version, _) in wanted.items()}
+    found = ranks.from_first(
+        lambda: {entry: cache.read(entry, version) if cache else {} for entry, (version, _) in wanted.items()}
+    )
+    groups = [group for group in model.groups() if any(m.name not in found[entry] for m in group for entry in wanted)]
     with progress(None, " ".join(wanted), "matrix", total=len(model.matrices)) as bar:
+        bar.update(len(model.matrices) - sum(map(len, groups)))
         try:
-            for group in model.groups():
-                todo = {m: [entry for entry in wanted if m.name not in found[entry]] for m in group}
-                bar.update(sum(not entries for entries in todo.values()))
-                todo = {matrix: entries for matrix, entries in todo.items() if entries}
-                with model.resident(list(todo)):
-                    for matrix, entries in todo.items():
+            for group in _rounds(groups):
+                values = {}
+                with model.resident(group) if group else contextlib.nullcontext():
+                    for matrix in group:
                         bar.set_postfix_str(matrix.name, refresh=False)
                         spectrum = Spectrum(as_published(matrix.weight))
-                        values = {entry: _say(wanted[entry][1], spectrum, matrix.name) for entry in entries}
-                        for entry, value in values.items():
-                            found[entry][matrix.name] = value
+                        entries = [entry for entry in wanted if matrix.name not in found[entry]]
+                        values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
+                for measured in ranks.gather(values):
+                    for name, of_matrix in measured.items():
+                        for entry, value in of_matrix.items():
+                            found[entry][name] = value
                         if cache:
-                            cache.add(matrix.name, values)
-                        bar.update()
+                            cache.add(name, of_matrix)
+                    bar.update(len(measured))
         finally:  # of an interrupted analysis nothing is lost
             if cache:
                 cache.write()
     return found
+
+
+def _rounds(groups: list[list[Matrix]]) -> Iterator[list[Matrix]]:
+    """This rank's group of each round; within a round all ranks have about as much to do.
+
+    In the last round a rank may have none (an empty list). One process takes the groups in module order.
+    """
+    if ranks.size() > 1:
+        groups = sorted(groups, key=lambda group: -sum(_cost(matrix) for matrix in group))
+    for begin in range(0, len(groups), ranks.size()):
+        mine = begin + ranks.rank()
+        yield groups[mine] if mine < len(groups) else []
+
+
+def _cost(matrix: Matrix) -> float:
+    """Operations of a decomposition: n^2 m + 4/3 n^3."""
+    small, large = sorted(matrix.shape)
+    return small**2 * (large + 4 / 3 * small)
 
 
 def _say(function: Callable, spectrum: Spectrum, name: str) -> object:

@@ -56,51 +56,120 @@ class Shards:
         except (SafetensorError, OSError) as error:
             raise RunError(f"--model {self.name}: {path.name} cannot be read: {error}") from error
 
-    def read(self, parameters: Iterable[str], device: torch.device) -> None:
-        """Give the model's parameters of these names their values, on `device`, in the dtype they were built with."""
-        sources = [source for parameter in parameters for source in self._sources.get(parameter, [])]
+    def read(self, names: Iterable[str], device: torch.device) -> None:
+        """Give the model's parameters and buffers of these names their values, on `device`, in the dtype they were
+        built with. Raises RunError for one that is missing, of another shape, or holds NaN or infinity.
+        """
+        names = list(names)
+        sources = [source for name in names for source in self._sources.get(name, [])]
         with ExitStack() as stack:
             opened = {path: stack.enter_context(self._opened(path)) for path in {self._files[s] for s in sources}}
             tensors = {source: opened[self._files[source]].get_slice(source) for source in sources}
             options = LoadStateDictConfig(device_map={"": device}, weight_mapping=self._mapping)
             with _no_progress_bar():
                 report, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
-        for parameter in parameters:
-            module, _, key = parameter.rpartition(".")
-            if self.model.get_submodule(module).get_parameter(key).is_meta or report.conversion_errors:
+        for name in names:
+            value = _get(self.model, name)
+            if value.is_meta or report.conversion_errors:
                 raise RunError(
-                    f"--model {self.name}: its weights do not fit its configuration: {parameter} is missing or of "
+                    f"--model {self.name}: its weights do not fit its configuration: {name} is missing or of "
                     "another shape"
                 )
+            if value.is_floating_point() and not value.isfinite().all():
+                raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
+            value.requires_grad_(False)
 
-    def drop(self, parameters: Iterable[str]) -> None:
-        """Let go of the values of these parameters."""
-        for parameter in parameters:
-            module, _, key = parameter.rpartition(".")
-            module = self.model.get_submodule(module)
-            setattr(module, key, nn.Parameter(getattr(module, key).to("meta"), requires_grad=False))
+    def drop(self, names: Iterable[str]) -> None:
+        """Let go of the values of these parameters and buffers."""
+        for name in names:
+            path, _, key = name.rpartition(".")
+            module, value = self.model.get_submodule(path), _get(self.model, name).to("meta")
+            setattr(module, key, value if key in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
+def _get(model: nn.Module, name: str) -> torch.Tensor:
+    path, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(path), key)
 
 
 class ShardedModel(LanguageModel):
-    """A LanguageModel whose matrices have values only while they are `resident`."""
+    """A LanguageModel whose blocks have values only while they are resident.
 
-    def __init__(self, model: nn.Module, files: Iterable[Path], name: str, device: str = "cpu"):
-        super().__init__(model, name=name)
-        self._shards, self._device = Shards(model, files, name), torch.device(device)
-        self._parameters = {id(module): prefix for prefix, module in model.named_modules()}
+    What is not in a block (embeddings, norms, head) has none before `load_rest`. Blocks that were pruned and written
+    elsewhere are read from there once `replace` says so.
+    """
+
+    streamed = True
+
+    def __init__(self, model: nn.Module, files: Iterable[Path], name: str, device: str = "cpu", tokenizer=None):
+        super().__init__(model, tokenizer, name)
+        self._device = torch.device(device)
+        self._shards = Shards(model, files, name)
+        self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        state = list(model.state_dict())
+        inside = {index: f"{self.prefix}.{index}." for index in range(len(self.blocks))}
+        self._inside = {i: [name for name in state if name.startswith(start)] for i, start in inside.items()}
+        self._rest = [name for name in state if not name.startswith(f"{self.prefix}.")]
 
     @property
     def device(self) -> torch.device:
         return self._device
 
+    def load_rest(self) -> None:
+        """Read everything outside the blocks, to stay."""
+        tied = set(self.model.all_tied_weights_keys or {})
+        self._shards.read([name for name in self._rest if name not in tied], self._device)
+        self.model.tie_weights()
+        for module in self.model.modules():  # of buffers that no checkpoint holds, such as rotary frequencies
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(self._device)
+
+    def rest(self) -> dict[str, torch.Tensor]:
+        """The tensors outside the blocks, each tied one once."""
+        tied = set(self.model.all_tied_weights_keys or {})
+        return {name: _get(self.model, name) for name in self._rest if name not in tied}
+
+    def block_state(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a resident block by name."""
+        return {name: _get(self.model, name) for name in self._inside[index]}
+
+    def replace(self, blocks: Iterable[int], files: Iterable[Path]) -> None:
+        """From now on read these blocks from other files."""
+        self._replaced |= dict.fromkeys(blocks, Shards(self.model, files, self.name))
+
     @contextmanager
-    def resident(self, matrices: list[Matrix]):
-        names = list(dict.fromkeys(f"{self._parameters[id(m.module)]}.{m.parameter}" for m in matrices))
-        self._shards.read(names, self._device)
+    def _resident(self, block: int, names: list[str]):
+        self._replaced.get(block, self._shards).read(names, self._device)
         try:
             yield
         finally:
             self._shards.drop(names)
+
+    @contextmanager
+    def resident(self, matrices: list[Matrix]):
+        names = dict.fromkeys(f"{self._paths[id(m.module)]}.{m.parameter}" for m in matrices)
+        with self._resident(matrices[0].block, list(names)):
+            yield
+
+    @contextmanager
+    def resident_block(self, index: int):
+        with self._resident(index, self._inside[index]):
+            yield
+
+    @contextmanager
+    def resident_in_forward(self, index: int):
+        held = ExitStack()
+
+        def enter(*_):
+            held.enter_context(self.resident_block(index))
+
+        with ExitStack() as stack:
+            stack.callback(self.blocks[index].register_forward_pre_hook(enter).remove)
+            stack.callback(self.blocks[index].register_forward_hook(lambda *_: held.close()).remove)
+            stack.callback(held.close)
+            yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 # How much a pruner or metric wants to know of its input, from least to most.
@@ -27,6 +28,20 @@ class InputStats:
         self.gram: Tensor | None = None
         self.events: list[str] = []  # retries and fallbacks met while using these statistics
         self._derived: dict[Callable, object] = {}
+
+    @classmethod
+    def empty(cls, needs: str, columns: int, device: torch.device) -> "InputStats":
+        """Of an input of that width which no token has reached."""
+        stats = cls(needs)
+        stats.add(torch.empty(0, columns, device=device))
+        return stats
+
+    def add_up(self, over_ranks: Callable[[Tensor], None]) -> None:
+        """Replace every sum by `over_ranks` of it (in place)."""
+        tokens = torch.tensor([float(self.tokens)], dtype=torch.float64)
+        over_ranks(tokens)
+        self.tokens = int(tokens)
+        over_ranks(self.sum_squares if self.gram is None else self.gram)
 
     def add(self, x: Tensor) -> None:
         """Add the tokens x (..., in)."""

@@ -87,7 +87,7 @@ def main() -> None:
         published.append(timed(lambda block=block: published_block(theirs, block, options.needs)))
         mine.append(timed(lambda block=block: ours_block(ours, block, options.needs)))
         print(f"block {block}: published {published[-1]:.2f} s, ours {mine[-1]:.2f} s, {mine[-1] / published[-1]:.2f}")
-    torch.testing.assert_close(torch.cat(ours.hidden), torch.cat(theirs.hidden), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat(list(ours.hidden)), torch.cat(list(theirs.hidden)), rtol=1e-3, atol=1e-3)
 
     # A pass multiplies by every weight once a token and attends to half of the square of the window; the collecting
     # pass needs no last matrix; a Gram of each distinct input is half a product with itself.

@@ -34,9 +34,11 @@ def model(tmp_path):
 @pytest.mark.parametrize("item", FIELDS, ids=lambda item: item.name)
 def test_every_field_has_a_flag(item, unchecked):
     name = item.name
-    kind = typing.get_type_hints(RunConfig)[name]
-    kind = next(iter(typing.get_args(kind)), kind)
-    if kind is bool:
+    whole = typing.get_type_hints(RunConfig)[name]
+    kind = next(iter(typing.get_args(whole)), whole)
+    if typing.get_origin(whole) is tuple:
+        flags, expected, kind = [f"--{name}", "one", "other"], ["one", "other"], list
+    elif kind is bool:
         flags, expected = [f"--no-{name}" if item.default else f"--{name}"], not item.default
     else:
         expected = {str: "else", int: 7, float: 0.125}[kind]
@@ -49,7 +51,7 @@ def test_every_field_has_a_flag(item, unchecked):
 
 @pytest.mark.parametrize("flag", ["--WW_metric", "--ww_metric"])
 def test_both_spellings_of_the_metric(flag, unchecked):
-    assert cli.parse([flag, "alpha_hill"]).ww_metric == "alpha_hill"
+    assert cli.parse([flag, "alpha_hill"]).ww_metric == ["alpha_hill"]
 
 
 @pytest.mark.parametrize("flag", ["--WW_metric_cache", "--ww_metric_cache"])

@@ -11,7 +11,7 @@ from lib.errors import RunError
 from lib.pruners import PRUNERS
 
 PUBLISHED = {
-    "cache_dir": "llm_weights", "ww_metric": "alpha_peak", "epsilon": 0.2, "nsamples": 128, "seed": 0,
+    "cache_dir": "llm_weights", "ww_metric": ("alpha_peak",), "epsilon": 0.2, "nsamples": 128, "seed": 0,
     "mapping_type": "block_wise", "sparsity_type": "unstructured", "use_variant": False, "eval_zero_shot": False,
 }  # fmt: skip
 
@@ -21,10 +21,11 @@ DECIDING = {
     "ww_metric": "alpha_mid", "epsilon": 0.3, "mapping_type": "layer_wise", "calib_data": "pydoc", "nsamples": 64,
     "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
-    "eval_dense": True,
+    "eval_dense": True, "analyze_only": True, "stream": True,
 }  # fmt: skip
 INDIFFERENT = {
-    "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True,
+    "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
+    "activation_memory": 2.0, "restart": True,
 }  # fmt: skip
 
 
@@ -116,7 +117,8 @@ def test_run_name_is_readable(flags, readable, configure):
 @pytest.mark.parametrize("name", DECIDING)
 def test_run_name_tells_what_decides(name, configure):
     # with a method that has a variant, and an allocation beside which N:M may stand
-    assert configure(**{name: DECIDING[name]}).run_name != configure().run_name
+    changed = configure(**{"save_model": "pruned", name: DECIDING[name]})  # which a streamed run needs
+    assert changed.run_name != configure().run_name
 
 
 def test_run_name_tells_models_apart(configure, tmp_path):
@@ -202,6 +204,21 @@ EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
 def test_flags_without_effect(method, evaluated, unread, configure):
     changed = {**ALLOCATING, **CALIBRATING, **EVALUATING, "seed": 1, "batch_size": 1}
     assert set(configure(prune_method=method, eval_wikitext=evaluated, **changed).without_effect()) == unread
+
+
+def test_flags_without_effect_on_an_analysis(configure):
+    config = configure(analyze_only=True, ww_metric=("alpha", "entropy"), plot=True, nsamples=4, stream=True)
+    assert set(config.without_effect()) == {"--prune_method", "--sparsity_ratio", "--nsamples", "--stream"}
+
+
+def test_an_analysis_needs_a_model_only(model):
+    config = RunConfig(model=model, analyze_only=True, ww_metric="entropy")
+    assert config.ww_metric == ("entropy",)
+    assert config.run_name.startswith("analysis-llama-")
+
+
+def test_a_picture_reads_the_metric(configure):
+    assert configure(prune_method="wanda", ww_metric="alpha_mid", plot=True).without_effect() == []
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny import ARCHITECTURES, tiny_model
 
-from lib import LanguageModel, RunError, find_source, layer_quality
+from lib import LanguageModel, RunError, find_source, layer_quality, results
 from lib.load import open_model
 from lib.shards import ShardedModel
 
@@ -90,10 +90,14 @@ def test_another_shape_is_an_error(folder):
         layer_quality(open_model(find_source(str(path)), "cpu"), "alpha_mid")
 
 
-def test_without_safetensors_the_model_is_loaded(folder, tmp_path):
+def test_without_safetensors_there_is_nothing_to_open(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.results.checkpoint.load_tokenizer", lambda source: None)
     path = folder("llama")
     shutil.copytree(path, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(tiny_model("llama").state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    opened = open_model(find_source(str(tmp_path / "bin")), "cpu")
-    assert not isinstance(opened, ShardedModel)
-    assert opened.digest == LanguageModel(tiny_model("llama")).digest
+    source = find_source(str(tmp_path / "bin"), str(tmp_path / "cache"))
+    with pytest.raises(RunError, match="no safetensors"):
+        open_model(source, "cpu")
+    converted = open_model(results.as_safetensors(source), "cpu")
+    assert converted.digest == LanguageModel(tiny_model("llama")).digest
+    assert converted.name == str(tmp_path / "bin")

@@ -1,15 +1,29 @@
 """Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
 
 from .cache import MetricCache, metric_folder
-from .checkpoint import MARK, save_checkpoint
+from .checkpoint import MARK, as_safetensors, save_checkpoint
+from .journal import Journal
 from .report import write_report
-from .run import COLUMNS, append_result, build_record, layer_records, prepare, run_folder, summary, write_run
+from .run import (
+    COLUMNS,
+    activation_store,
+    append_result,
+    build_record,
+    layer_records,
+    prepare,
+    run_folder,
+    summary,
+    write_run,
+)
 
 __all__ = [
     "COLUMNS",
     "MARK",
+    "Journal",
     "MetricCache",
+    "activation_store",
     "append_result",
+    "as_safetensors",
     "build_record",
     "layer_records",
     "metric_folder",

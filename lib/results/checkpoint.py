@@ -1,5 +1,7 @@
 """The pruned model as an ordinary Hugging Face checkpoint."""
 
+import dataclasses
+import hashlib
 import json
 import logging
 import shutil
@@ -9,7 +11,9 @@ from pathlib import Path
 import transformers
 from safetensors import SafetensorError, safe_open
 
+from .. import ranks
 from ..errors import RunError
+from ..load import Source, find_source, load_config, load_model, load_tokenizer, safetensors_files
 from ..model import LanguageModel
 from .files import write_text
 
@@ -19,21 +23,23 @@ MARK = "alphapruning.json"  # in a checkpoint saved here: how it was made, and t
 
 
 def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | None = None) -> None:
-    """Write an ordinary Hugging Face checkpoint (safetensors, tokenizer, generation config), whole or not at all.
+    """Write an ordinary Hugging Face checkpoint (safetensors, tokenizer, generation config), whole or not at all; on
+    the first rank.
 
     It is read again before it takes its name: RunError where it does not hold the zeros that the model holds.
     `record` (run.json without the layers) is put beside it as alphapruning.json.
     """
     folder = Path(folder)
+    if not ranks.first():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _make_savable(model.model.generation_config)
+        make_savable(model.model.generation_config)
         model.model.save_pretrained(temporary)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(temporary)
-        kept = {key: value for key, value in (record or {}).items() if key != "layers"}
-        write_text(temporary / MARK, json.dumps(kept, indent=1) + "\n")
+        write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
         written, held = _zeros_on_disk(temporary), _zeros_in_memory(model)
         if written != held:
             raise RunError(
@@ -51,7 +57,34 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     log.info("checkpoint saved and read again: %s", folder)
 
 
-def _make_savable(config: transformers.GenerationConfig | None) -> None:
+def as_safetensors(source: Source) -> Source:
+    """The model as safetensors files: where it is in any other form, converted once under its cache_dir.
+
+    Conversion loads the model whole.
+    """
+    if safetensors_files(source):
+        return source
+    if source.gguf:
+        file = Path(source.path) / source.gguf
+        origin, dtype = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}", "float32"
+    else:
+        origin, dtype = source.path, str(load_config(source).dtype or "float32").removeprefix("torch.")
+    key = hashlib.sha256(origin.encode()).hexdigest()[:12]
+    folder = Path(source.cache_dir) / "converted" / f"{Path(source.name).stem}-{key}"
+    if not (folder / MARK).is_file():
+        log.info("%s: converted once to safetensors in %s", source.name, folder)
+        if ranks.first():
+            save_checkpoint(load_model(source, "cpu", dtype, load_tokenizer(source)), folder)
+    ranks.barrier()
+    return dataclasses.replace(find_source(str(folder), source.cache_dir), name=source.name)
+
+
+def without_layers(record: dict) -> dict:
+    """run.json as it is put into a checkpoint."""
+    return {key: value for key, value in record.items() if key != "layers"}
+
+
+def make_savable(config: transformers.GenerationConfig | None) -> None:
     """transformers refuses to save what some models on the hub have: a temperature with sampling off."""
     try:
         if config is not None:

@@ -1,9 +1,14 @@
 """The one place that writes: whole files under their name, or nothing."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from .. import ranks
 from ..errors import RunError
 
 
@@ -16,26 +21,55 @@ def check_folder(flag: str, path: Path) -> None:
         raise RunError(f"{flag} {path}: cannot be written: {error.strerror}") from error
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or none of it. Raises RunError where the disk is full or does not let us."""
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` a whole file under a temporary name, see it safe on disk, and rename it; or leave nothing.
+
+    Does nothing on any rank but the first. Raises RunError where the disk is full or does not let us.
+    """
+    if not ranks.first():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        write(temporary)
+        _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _sync(path: Path) -> None:
+    """Wait until the disk holds the file, or the folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_file` of these bytes."""
+    write_file(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """`write_file` of UTF-8."""
     write_bytes(path, text.encode())
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it, if it is there; on the first rank."""
+    if ranks.first() and folder.exists():
+        shutil.rmtree(folder)
+
+
 def append_line(path: Path, line: str, header: str) -> None:
-    """Add a line at the end of a table, and the header before it where the table is new."""
+    """Add a line at the end of a table, and the header before it where the table is new; on the first rank."""
+    if not ranks.first():
+        return
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line if file.tell() else header + line)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..activations import Store
 from ..config import RunConfig
 from ..errors import RunError
 from ..model import LanguageModel
@@ -33,6 +34,8 @@ def prepare(config: RunConfig) -> None:
         check_folder("--WW_metric_cache", Path(config.ww_metric_cache))
     elif config.analyze_only or config.plot or config.scored:
         check_folder("--cache_dir", Path(config.cache_dir))
+    if config.stream:
+        check_folder("--save", run_folder(config))
     if config.save_model is not None:
         path = Path(config.save_model)
         others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
@@ -51,6 +54,14 @@ def prepare(config: RunConfig) -> None:
 def run_folder(config: RunConfig) -> Path:
     """The run's own folder."""
     return Path(config.save) / config.run_name
+
+
+def activation_store(config: RunConfig) -> Store | None:
+    """Where a streamed run's activations lie."""
+    if not config.stream:
+        return None
+    limit = None if config.activation_memory is None else int(config.activation_memory * 1e9)
+    return Store(run_folder(config), limit)
 
 
 def layer_records(model: LanguageModel, scores: dict, targets: dict, reached: dict) -> list[dict]:
@@ -216,23 +227,23 @@ def _analysis_lines(record: dict) -> list[str]:
     """By block: each metric's mean, and the matrices with the lowest and the highest value of the first."""
     metrics = record["config"]["ww_metric"]
     first, model = metrics[0], record["model"]
-    blocks = by_block(record["layers"])
-    prefix = {block: f".{block}." for block in blocks}
+    members = by_block(record["layers"])
+    prefix = {block: f".{block}." for block in members}
 
     def extreme(block: int, choose) -> str:
-        layer = choose(blocks[block], key=lambda layer: layer["scores"][first])
+        layer = choose(members[block], key=lambda layer: layer["scores"][first])
         return f"{layer['name'].partition(prefix[block])[2]} {layer['scores'][first]:.3f}"
 
     widths = [max(12, len(metric) + 2) for metric in metrics]
     lines = [
         "",
-        f"{len(record['layers'])} matrices of {model['id']} in {len(blocks)} blocks "
+        f"{len(record['layers'])} matrices of {model['id']} in {len(members)} blocks "
         f"({model['coverage']:.1%} of the model is prunable); mean by block, and the extremes of {first}",
         "",
         f"{'block':>5}" + "".join(f"{metric:>{width}}" for metric, width in zip(metrics, widths, strict=True))
         + f"  {'lowest':32}highest",
     ]  # fmt: skip
-    for block, layers in blocks.items():
+    for block, layers in members.items():
         means = [sum(layer["scores"][metric] for layer in layers) / len(layers) for metric in metrics]
         cells = "".join(f"{mean:>{width}.3f}" for mean, width in zip(means, widths, strict=True))
         lines.append(f"{block:>5}{cells}  {extreme(block, min):32}{extreme(block, max)}")

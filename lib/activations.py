@@ -1,0 +1,84 @@
+"""Where the hidden states of many windows live: in memory, or past a limit in a memory-mapped file."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from .errors import RunError
+
+
+@dataclass(frozen=True)
+class Store:
+    """folder takes the file, which has no name left once it is open; `limit` bytes may stay in memory, and where it is
+    None a quarter of what is free.
+    """
+
+    folder: Path
+    limit: int | None = None
+
+    def fits(self, size: int) -> bool:
+        limit = psutil.virtual_memory().available // 4 if self.limit is None else self.limit
+        return size <= limit
+
+    def map(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A tensor of `size` elements whose memory is a file. Raises RunError where the disk has no room for it."""
+        path = self.folder / f"activations-{os.getpid()}"
+        try:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT)) as file:
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a hole met later would be a bus error
+            return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+        except OSError as error:
+            raise RunError(
+                f"--activation_memory: {path} cannot take {size * dtype.itemsize} bytes: {error.strerror}; "
+                "make room, or allow more memory"
+            ) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class Activations:
+    """One hidden state (B, S, d) a batch, appended in order, read on the model's device and replaced in place.
+
+    Without a store they stay where they are made; with one they lie on the host.
+    """
+
+    def __init__(self, device: torch.device, windows: int, store: Store | None):
+        self._device, self._windows, self._store = device, windows, store
+        self._batches: list[Tensor] = []
+        self._mapped: Tensor | None = None
+
+    def append(self, hidden: Tensor) -> None:
+        if self._store is None:
+            self._batches.append(hidden)
+            return
+        if not self._batches:
+            elements = self._windows * math.prod(hidden.shape[1:])
+            if not self._store.fits(elements * hidden.element_size()):
+                self._mapped = self._store.map(elements, hidden.dtype)
+        if self._mapped is None:
+            self._batches.append(hidden.cpu())
+            return
+        begin = sum(batch.numel() for batch in self._batches)
+        place = self._mapped[begin : begin + hidden.numel()].view(hidden.shape)
+        self._batches.append(place.copy_(hidden))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._batches[index].to(self._device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __setitem__(self, index: int, hidden: Tensor) -> None:
+        if self._mapped is not None:
+            self._batches[index].copy_(hidden)
+        else:
+            self._batches[index] = hidden if self._store is None else hidden.cpu()

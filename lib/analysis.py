@@ -1,0 +1,58 @@
+"""What a run says and measures of a model before anything is pruned; with --analyze_only that is all."""
+
+import logging
+
+from . import results
+from .config import RunConfig
+from .load import find_source, load_model, open_model, safetensors_files
+from .model import LanguageModel
+from .quality import layer_quality
+from .stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+
+
+def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
+    """Measure every metric asked for, and stop."""
+    with clock("load"):
+        source = find_source(config.model, config.cache_dir, config.trust_remote_code)
+        model = (open_model if safetensors_files(source) else load_model)(source, config.device, "float32")
+        described = describe(model, events)
+    scores, portraits = score(config, model, clock, events)
+    layers = [
+        {"name": m.name, "block": m.block, "shape": list(m.shape), "scores": {k: v[m.name] for k, v in scores.items()}}
+        for m in model.matrices
+    ]
+    record = results.build_record(config, described, layers, None, clock.seconds(), events)
+    folder = results.write_run(config, record)
+    if config.plot:
+        results.write_report(folder, record, scores, portraits)
+    return record
+
+
+def describe(model: LanguageModel, events: list[dict]) -> dict:
+    """The `model` part of run.json, logged."""
+    described = model.describe()
+    log.info(
+        "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
+        len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
+    )  # fmt: skip
+    if model.uncovered:
+        note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
+    return described
+
+
+def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: list[dict]) -> tuple[dict, dict]:
+    """Every matrix under every metric of the run, and what the pictures show of its spectrum; from the cache what is
+    there.
+    """
+    portraits = {} if config.plot else None
+    with clock("metric"):
+        cache = results.MetricCache(results.metric_folder(config, model), model, events)
+        scores = layer_quality(model, *config.ww_metric, cache=cache, portraits=portraits, events=events)
+    return scores, portraits
+
+
+def note(events: list[dict], message: str) -> None:
+    log.warning("%s", message)
+    events.append({"matrix": None, "message": message})

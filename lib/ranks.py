@@ -1,0 +1,105 @@
+"""Several processes on one run: who this one is, how work is dealt out, and how results come together.
+
+Started by `accelerate launch` (or torchrun) they are ranks of one group, gloo for what lies on CPUs and nccl for what
+lies on GPUs; started plainly, the one process is rank 0 of 1 and everything here is free.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import RunError
+
+T = TypeVar("T")
+
+# How long a rank waits for another that is alive. One that dies is noticed at once by the launcher.
+PATIENCE = timedelta(hours=12)
+
+
+def join(device: str) -> None:
+    """Join the group that the launcher's environment describes, if any. `device` is what --device asks for."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    elif "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+        raise RunError(
+            "accelerate launch: started one process although it was asked for several; on CPUs add its flag --multi_gpu"
+        )
+
+
+def leave() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, by rank, on every rank."""
+    if size() == 1:
+        return [value]
+    values: list = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank's `make()` returns, on every rank."""
+    if size() == 1:
+        return make()
+    value = [make() if first() else None]
+    dist.broadcast_object_list(value, src=0)
+    return value[0]
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace the tensor on every rank by the sum over the ranks."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+
+
+def send_around(tensor: Tensor, source: int) -> Tensor:
+    """`tensor` of the rank `source` on every rank; the others pass one of the same shape and dtype."""
+    if size() > 1:
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
+def mine(windows: Tensor) -> Tensor:
+    """This rank's share of windows (n, seqlen): every size()-th."""
+    return windows[rank() :: size()]
+
+
+def deal(costs: Sequence[float]) -> list[int]:
+    """The rank for each piece of work, such that the ranks' sums of costs are about equal; the same on every rank."""
+    load, owners = [0.0] * size(), [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(size()), key=lambda r: load[r])
+        load[owners[i]] += costs[i]
+    return owners
