@@ -6,7 +6,7 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 import logging
 import sys
 
-from lib import cli, results
+from lib import cli, ranks, results
 from lib.allocation import Problem, allocate
 from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
@@ -48,8 +48,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             calibration = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed
             )
+            ranks.enough("--nsamples", calibration)
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
+            ranks.enough("--eval_windows", evaluation)
         if config.stream:
             model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
             model.load_rest()

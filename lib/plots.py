@@ -43,6 +43,7 @@ def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> di
     for kind, members in by_kind(layers).items():
         first = list({layer["block"]: layer for layer in reversed(members)}.values())[::-1]
         shown = [first[i] for i in numpy.unique(numpy.linspace(0, len(first) - 1, min(len(first), PANELS), dtype=int))]
+        drawn = [layer["name"] for layer in shown]
         columns = min(len(shown), max(3, math.ceil(math.sqrt(1.2 * len(shown)))))
         rows = math.ceil(len(shown) / columns)
         figure = Figure(figsize=(2.5 * columns, 2.1 * rows + 0.7), layout="constrained")
@@ -51,12 +52,24 @@ def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> di
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axis, layer in zip(axes, shown, strict=False):
             _draw_esd(axis, f"block {layer['block']}", portraits.get(layer["name"]))
+        least = [density[density > 0].min() for density in map(_density, filter(None, map(portraits.get, drawn)))]
+        axes[0].set_ylim(bottom=min(least, default=1) / 3)
         for axis in axes[len(shown) :]:
             axis.axis("off")
         figure.supxlabel(r"eigenvalue $\lambda$ of the smaller Gram matrix", fontsize=11)
         figure.supylabel("density", fontsize=11)
         pages[kind] = figure
     return pages
+
+
+def _edges(portrait: dict) -> numpy.ndarray:
+    return numpy.logspace(portrait["low"], portrait["high"], len(portrait["counts"]) + 1)
+
+
+def _density(portrait: dict) -> numpy.ndarray:
+    """Of the eigenvalues in each bin."""
+    counts = numpy.array(portrait["counts"], dtype=float)
+    return counts / counts.sum() / numpy.diff(_edges(portrait))
 
 
 def _draw_esd(axis, title: str, portrait: dict | None) -> None:
@@ -66,13 +79,11 @@ def _draw_esd(axis, title: str, portrait: dict | None) -> None:
     if portrait is None:
         axis.set_title(f"{title}: no power law", fontsize=9)
         return
-    counts = numpy.array(portrait["counts"], dtype=float)
-    edges = numpy.logspace(portrait["low"], portrait["high"], len(counts) + 1)
-    density = counts / counts.sum() / numpy.diff(edges)
+    density, edges = _density(portrait), _edges(portrait)
     centres = numpy.sqrt(edges[:-1] * edges[1:])
     alpha, start = portrait["alpha"], portrait["lam_min"]
     seen = density > 0
-    axis.stairs(density, edges, fill=True, baseline=density[seen].min() / 3, color=BLUE, alpha=0.75)
+    axis.stairs(density, edges, fill=True, baseline=1e-30, color=BLUE, alpha=0.75)
     tail = seen & (edges[1:] > start)
     axis.plot(centres[tail], density[tail], color=RED, linewidth=1.6)
     x = numpy.array([start, edges[-1]])

@@ -64,23 +64,24 @@ def measure(
     found = ranks.from_first(
         lambda: {entry: cache.read(entry, version) if cache else {} for entry, (version, _) in wanted.items()}
     )
-    groups = [group for group in model.groups() if any(m.name not in found[entry] for m in group for entry in wanted)]
-    with progress(None, " ".join(wanted), "matrix", total=len(model.matrices)) as bar:
-        bar.update(len(model.matrices) - sum(map(len, groups)))
+    missing = {m.name for m in model.matrices if any(m.name not in values for values in found.values())}
+    groups = [group for group in model.groups() if any(matrix.name in missing for matrix in group)]
+    with progress(None, " ".join(wanted), "matrix", total=len(missing)) as bar:
         try:
             for group in _rounds(groups):
                 values = {}
                 with model.resident(group) if group else contextlib.nullcontext():
                     for matrix in group:
-                        bar.set_postfix_str(matrix.name, refresh=False)
-                        spectrum = Spectrum(as_published(matrix.weight))
                         entries = [entry for entry in wanted if matrix.name not in found[entry]]
-                        values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
+                        if entries:
+                            bar.set_postfix_str(matrix.name, refresh=False)
+                            spectrum = Spectrum(as_published(matrix.weight))
+                            values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
                 for measured in ranks.gather(values):
                     for name, of_matrix in measured.items():
                         for entry, value in of_matrix.items():
                             found[entry][name] = value
-                        if cache:
+                        if cache and ranks.first():
                             cache.add(name, of_matrix)
                     bar.update(len(measured))
         finally:  # of an interrupted analysis nothing is lost

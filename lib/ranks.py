@@ -96,6 +96,12 @@ def mine(windows: Tensor) -> Tensor:
     return windows[rank() :: size()]
 
 
+def enough(flag: str, windows: Tensor) -> None:
+    """Raises RunError naming `flag` where a rank would have no window."""
+    if len(windows) < size():
+        raise RunError(f"{flag} {len(windows)}: is less than one window for each of {size()} processes")
+
+
 def deal(costs: Sequence[float]) -> list[int]:
     """The rank for each piece of work, such that the ranks' sums of costs are about equal; the same on every rank."""
     load, owners = [0.0] * size(), [0] * len(costs)

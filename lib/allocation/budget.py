@@ -21,22 +21,22 @@ def fit_budget(
     takes from some is put back on the others in proportion to r_k n_k, until none is outside.
     Raises RunError where no c reaches S.
     """
-    free, fixed = set(ratios), {}
+    fixed: dict[str, float] = {}
     budget = sparsity * sum(sizes[name] for name in ratios)
     while True:
+        free = [name for name in ratios if name not in fixed]  # in order: sums must not depend on a set's
         left = budget - sum(fixed[name] * sizes[name] for name in fixed)
         weight = sum(ratios[name] * sizes[name] for name in free)
         scale = left / weight if weight > 0 else 0.0
-        over = {name for name in free if ratios[name] * scale > s_max}
-        under = {name for name in free if ratios[name] * scale < s_min}
+        over = [name for name in free if ratios[name] * scale > s_max]
+        under = [name for name in free if ratios[name] * scale < s_min]
         if not over and not under:
             break
         # Fix the side that is further out first: fixing both at once could pass the solution.
         excess = sum((ratios[name] * scale - s_max) * sizes[name] for name in over)
         lack = sum((s_min - ratios[name] * scale) * sizes[name] for name in under)
         bound, names = (s_max, over) if excess >= lack else (s_min, under)
-        fixed.update(dict.fromkeys(names, bound))
-        free -= names
+        fixed |= dict.fromkeys(names, bound)
     result = {name: fixed[name] if name in fixed else ratios[name] * scale for name in ratios}
     reached = sum(result[name] * sizes[name] for name in ratios)
     if abs(reached - budget) > 1e-9 * sum(sizes[name] for name in ratios):

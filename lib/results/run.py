@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from .. import ranks
 from ..activations import Store
 from ..config import RunConfig
 from ..errors import RunError
@@ -146,6 +147,7 @@ def environment(model: dict) -> dict:
         "device_name": torch.cuda.get_device_name() if model["device"].startswith("cuda") else platform.processor(),
         "dtype": model["dtype"],
         "threads": torch.get_num_threads(),
+        "processes": ranks.size(),
         "git_revision": revision,
     }
 
