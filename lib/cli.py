@@ -22,6 +22,9 @@ from .errors import RunError
 from .memory import keep_freed_memory
 
 
+KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, and not the usage as well."""
@@ -89,9 +92,9 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
 
     0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
     """
-    keep_freed_memory()
     try:
         config = parse(arguments)
+        keep_freed_memory(KEPT_STREAMING if config.stream or config.analyze_only else KEPT)
         ranks.join(config.device)
         set_up_logging(config.quiet or not ranks.first())
         said = run(config)
