@@ -21,7 +21,6 @@ from .config import RunConfig
 from .errors import RunError
 from .memory import keep_freed_memory
 
-
 KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
 
 

@@ -20,19 +20,21 @@ def inverse_factor(stats: InputStats) -> tuple[Tensor, Tensor]:
     With J the reversal of order and J H J = L L^T, U = J L^-1 J: one Cholesky and one triangular inverse.
     A Cholesky that fails is tried again with ten times the damping, RETRIES times, each noted in `stats.events`.
     """
-    hessian = stats.gram * (2 / stats.tokens)
-    diagonal = hessian.diagonal()
+    diagonal = stats.gram.diagonal() * (2 / stats.tokens)
     dead = diagonal == 0
     diagonal[dead] = 1
     mean = diagonal.mean()
     for attempt in range(RETRIES + 1):
         damping = DAMPING * 10**attempt
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reversed_hessian = stats.gram.flip(0, 1).mul_(2 / stats.tokens)
+        reversed_hessian.diagonal().copy_((diagonal + damping * mean).flip(0))
+        lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+        del reversed_hessian  # each of these is as large as the Gram matrix, and it may be gigabytes
         if info == 0 and lower.isfinite().all():
             identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), dead
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity
+            return inverse.flip(0, 1), dead
         stats.events.append(f"Cholesky failed with damping {damping:g} of the mean diagonal")
     raise RunError(
         f"the Hessian is not positive definite even with damping {damping:g} of its mean diagonal; "
