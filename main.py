@@ -27,8 +27,8 @@ def run(config: RunConfig) -> dict:
     Raises lib.errors.RunError for whatever the user can put right.
     """
     clock, events = Stopwatch(), []
-    for flag in config.without_effect():
-        note(events, f"{flag} has no effect on this run")
+    if unread := config.without_effect():
+        note(events, f"without effect on this run: {', '.join(unread)}")
     results.prepare(config)
     record = (analyze if config.analyze_only else prune)(config, clock, events)
     log.info("results: %s", results.run_folder(config))

@@ -5,7 +5,7 @@ from .config import RunConfig
 from .data import calibration_windows, evaluation_windows
 from .errors import RunError
 from .evaluate import perplexity, sparsity_by_matrix
-from .load import find_source, load_model, load_tokenizer
+from .load import find_source, load_model, load_tokenizer, open_model
 from .masks import Pattern
 from .model import LanguageModel
 from .pruners import PRUNERS
@@ -27,6 +27,7 @@ __all__ = [
     "layer_quality",
     "load_model",
     "load_tokenizer",
+    "open_model",
     "perplexity",
     "prune_model",
     "save_checkpoint",

@@ -9,4 +9,4 @@ fetch_model
 echo "Pruning SmolLM2-135M to 50 % with wanda_ww; calibration and evaluation on the Python language reference ..."
 "$PYTHON" main.py --model smollm2 --prune_method wanda_ww --sparsity_ratio 0.5 --epsilon 0.2 \
     --calib_data pydoc --eval_data pydoc --seqlen 512 --nsamples 32 --eval_windows 32 --eval_dense \
-    --save results "$@"
+    --plot --save results "$@"

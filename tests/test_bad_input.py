@@ -28,6 +28,8 @@ QUIET = f"{BARE} --quiet"
 TINY = f"{QUIET} --model {{tiny}}"
 CACHED = f"{TINY} --prune_method wanda_ww"
 
+ANALYSIS = "--model {tiny} --analyze_only --device cpu --quiet --save {out}/results --cache_dir {out}/cache"
+
 # Nothing listens on port 9: the hub is unreachable where there is a network, too.
 HUB_OFF, HUB_UNREACHABLE = {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
 
@@ -96,6 +98,28 @@ CASES = [
     case("variant with 2:4", "--use_variant --sparsity_type 2:4", "--use_variant:", "2:4"),
     case("zero-shot", "--eval_zero_shot", "--eval_zero_shot:", "leave it out"),
     case("dense without evaluation", "--eval_dense --no-eval_wikitext", "--eval_dense:", "--no-eval_wikitext"),
+    case(
+        "two metrics", "--prune_method wanda_ww --WW_metric alpha entropy",
+        "--WW_metric alpha entropy:", "--analyze_only",
+    ),
+    case("stream to nowhere", "--stream", "--stream:", "--save_model"),
+    case("activation memory", "--stream --activation_memory -1", "--activation_memory -1:", "at least 0"),
+    case("activation memory nan", "--activation_memory nan", "--activation_memory nan:", "at least 0"),
+    # analyses
+    case("analysis of nothing", "--analyze_only", "--model: is missing", base=""),
+    case("one metric unknown", "--analyze_only --WW_metric alpha entropie", "'entropie'", "did you mean 'entropy'?"),
+    case("metric without a name", "--analyze_only --WW_metric", "--WW_metric", "at least one argument"),
+    case("analysis without weights", "--model {bare}", "--model {bare}:", "weights", base=ANALYSIS),
+    case(
+        "analysis with NaN", "--analyze_only --model {here}/nan",
+        "--model {here}/nan:", "layers.1.mlp.up_proj", "NaN", base=ANALYSIS,
+    ),
+    case("analysis of cut weights", "--model {here}/cut", "--model {here}/cut:", "cannot be read", base=ANALYSIS),
+    case("analysis of missing weights", "--model {here}/missing", "layers.1.mlp.up_proj", "missing", base=ANALYSIS),
+    case(
+        "analysis with another's cache", "--WW_metric_cache {here}/cache_other",
+        "--WW_metric_cache {here}/cache_other:", "another model", base=ANALYSIS,
+    ),
     # flags
     case("unknown flag", "--sparsity_rate 0.5", "--sparsity_rate:", "did you mean --sparsity_ratio?"),
     case("stray word", "llama", "llama:", "--help"),

@@ -160,3 +160,21 @@ def test_activations_in_a_file_are_those_in_memory(tmp_path):
 def test_no_room_for_activations_is_one_error(tmp_path):
     with pytest.raises(RunError, match="--activation_memory"):
         Store(tmp_path, 0).map(10**15, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_streamed_on_cuda_is_in_memory_on_cuda(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
+    whole, streamed = load_model(source, "cuda", "float32"), open_model(source, "cuda", "float32")
+    streamed.load_rest()
+    journal = Journal(config_of(tmp_path, device="cuda"), streamed)
+    prune_model(whole, PRUNERS["wanda"], targets_of(whole), Pattern(), tokens)
+    prune_model(
+        streamed, PRUNERS["wanda"], targets_of(streamed), Pattern(), tokens, commit=journal.commit,
+        store=Store(tmp_path, 0),
+    )  # fmt: skip
+    journal.finish()
+    for name, tensor in tensors_of(tmp_path / "pruned").items():
+        assert torch.equal(tensor, whole.model.state_dict()[name].cpu()), name

@@ -37,7 +37,7 @@ class Journal:
     def __init__(self, config: RunConfig, model: ShardedModel):
         self._config, self._model = config, model
         self._folder = run_folder(config) / "journal"
-        self._target = Path(config.save_model)
+        self._target = Path(config.save_model).resolve()
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._header = {"config": config.deciding(), "model": {"digest": model.digest}}
         if config.restart:

@@ -37,6 +37,7 @@ def prepare(config: RunConfig) -> None:
         check_folder("--cache_dir", Path(config.cache_dir))
     if config.stream:
         check_folder("--save", run_folder(config))
+        check_folder("--save_model", Path(config.save_model).resolve().parent)
     if config.save_model is not None:
         path = Path(config.save_model)
         others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
