@@ -86,7 +86,14 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             epsilon=config.epsilon,
             mapping=config.mapping_type,
         )
-        targets = remember("targets", lambda: allocate(config.allocation, problem, config.pattern.group, events=events))
+
+        def plan() -> dict:
+            held: list[dict] = []
+            return {"targets": allocate(config.allocation, problem, config.pattern.group, events=held), "events": held}
+
+        planned = remember("plan", plan)
+        targets = planned["targets"]
+        events += planned["events"]
 
     resumable = {}
     if journal:

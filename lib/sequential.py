@@ -51,7 +51,8 @@ def prune_model(
     for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
-    blocks = walk(model, windows, pruner.needs, batch_size=batch_size, clock=clock, store=store, done=done)
+    needs = pruner.needs if any(targets.values()) else "nothing"
+    blocks = walk(model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done)
     for block, matrices, stats in blocks:
         share = sum(targets[m.name] * m.size for m in matrices) / max(1, sum(m.size for m in matrices))
         log.info("block %d of %d: pruning %d matrices to %.4f", block + 1, len(model.blocks), len(matrices), share)
@@ -59,7 +60,7 @@ def prune_model(
         with clock("prune"):
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
-                if owner == ranks.rank():
+                if owner == ranks.rank() and targets[matrix.name] > 0:
                     _prune_matrix(matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, found)
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))

@@ -170,10 +170,70 @@ def test_dtype_stays_and_the_argument_is_untouched(name, dtype):
     found = prune(name, weight, x, 0.5)
     assert found.dtype == dtype
     assert torch.equal(weight, before)
-    if name != "sparsegpt":
+    if name not in ("sparsegpt", "alps"):  # which also change the weights that stay
         assert torch.equal(found[found != 0], weight[found != 0])
 
 
 def test_rows_of_a_ragged_target_stay_within_one_weight():
     counts = lowest_of_rows(torch.rand(10, 7), 0.5).sum(1)
     assert int(counts.max() - counts.min()) <= 1
+
+
+# ---------------------------------------------------------------- RIA
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.6])
+def test_ria_by_its_formula(sparsity):
+    x, weight = correlated_inputs(80, 12), torch.randn(5, 12)
+    w, norms = weight.double().abs().numpy(), np.linalg.norm(x.double().numpy(), axis=0)
+    score = np.empty_like(w)
+    for i in range(5):
+        for j in range(12):
+            score[i, j] = (w[i, j] / w[:, j].sum() + w[i, j] / w[i].sum()) * norms[j] ** 0.5
+    pruned = prune("ria", weight, x, sparsity)
+    per_row = int(12 * sparsity)
+    for i in range(5):
+        gone = {*np.argsort(score[i])[:per_row]}
+        assert gone <= {*np.flatnonzero(pruned[i].numpy() == 0)}
+    assert int((pruned == 0).sum()) == round(sparsity * 60)
+
+
+def test_ria_survives_rows_and_columns_of_zeros():
+    x, weight = correlated_inputs(80, 12), torch.randn(5, 12)
+    weight[2], weight[:, 3] = 0, 0
+    assert prune("ria", weight, x, 0.5).isfinite().all()
+
+
+# ---------------------------------------------------------------- ALPS
+
+
+def layer_error(pruned: torch.Tensor, weight: torch.Tensor, x: torch.Tensor) -> float:
+    return float((x.double() @ (pruned - weight).double().T).square().sum())
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(group=4)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_alps_has_a_smaller_layer_error_than_sparsegpt_and_wanda(sparsity, pattern):
+    x, weight = correlated_inputs(400, 64), torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    error = {name: layer_error(prune(name, weight, x, sparsity, pattern), weight, x) for name in PRUNERS}
+    assert error["alps"] < 0.97 * error["sparsegpt"] < error["wanda"]
+    pruned = prune("alps", weight, x, sparsity, pattern)
+    assert int((pruned == 0).sum()) == round(sparsity * weight.numel())
+    if pattern.group:
+        assert ((pruned.reshape(-1, 4) == 0).sum(1) == 4 * sparsity).all()
+
+
+def test_refinement_reaches_least_squares_on_the_support():
+    """Against the normal equations of each row, solved in float64."""
+    from lib.pruners.alps import decompose, refine
+
+    x, weight = correlated_inputs(300, 10), torch.randn(6, 10)
+    kept = torch.rand(6, 10) > 0.5
+    scale, gram, _, _ = decompose(stats_of(x))
+    dense = weight * scale
+    found = refine(dense * kept, dense, gram, kept)  # ten steps for at most ten unknowns a row
+    for i in range(6):
+        s = kept[i].numpy()
+        g, target = gram.double().numpy(), (dense @ gram)[i].double().numpy()
+        assert found[i].numpy()[s] == pytest.approx(np.linalg.solve(g[np.ix_(s, s)], target[s]), rel=1e-3, abs=1e-3)
+        assert (found[i].numpy()[~s] == 0).all()

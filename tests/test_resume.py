@@ -67,7 +67,7 @@ def test_killed_at_a_dozen_moments(here, uninterrupted):
     """Evenly spread over all that happens, with every stage and a half-written shard, record and cache among them."""
     digests, said, events = uninterrupted
     moments = {1 + round(i * (len(events) - 1) / (KILLS - 1)) for i in range(KILLS)}
-    wanted = ("half of alpha_peak.json", "half of block-00001.json", "half of targets.json", "after header.json")
+    wanted = ("half of alpha_peak.json", "half of block-00001.json", "half of plan.json", "after header.json")
     moments |= {1 + events.index(name) for name in wanted}
     moments |= {1 + next(i for i, name in enumerate(events) if name.startswith("half of model-00003"))}
     assert len(moments) >= 12

@@ -4,6 +4,7 @@ import base64
 from html import escape
 from pathlib import Path
 
+from .. import ranks
 from ..plots import draw_esds, draw_scores, draw_sparsities, png
 from .files import write_bytes, write_text
 from .run import summary
@@ -23,6 +24,8 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
 
     record is run.json; scores {metric: {matrix: score}}; portraits as lib/quality.py fills them.
     """
+    if not ranks.first():
+        return
     layers = record["layers"]
     figures = {f"{metric}-depth": draw_scores(layers, values, metric) for metric, values in scores.items()}
     if record["sparsity"]:

@@ -1,0 +1,73 @@
+"""ALPS: one-shot pruning by ADMM on the layer's least squares (Meng et al., NeurIPS 2024, arXiv 2406.07831)."""
+
+import torch
+from torch import Tensor
+
+from ..masks import Pattern, lowest_of_matrix
+from ..stats import InputStats
+from .base import mask_of, pruner
+
+RIDGE = 0.01  # of the mean diagonal
+RHO = 0.1  # the first penalty, for a Gram matrix with a unit diagonal
+EVERY, MOST = 3, 300  # iterations between changes of the penalty, and in all
+# The penalty's growth by the share of kept weights that changed since it last grew: the less, the slower.
+GROWTH = ((0.10, 1.3), (0.005, 1.2), (0.0, 1.1))
+REFINEMENTS = 10  # conjugate gradient steps on the final support
+
+
+def decompose(stats: InputStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale D (in,), G = D^-1 (X^T X + ridge) D^-1 (in, in) with a unit diagonal, and its eigenvalues and eigenvectors.
+
+    One eigendecomposition serves (G + rho I)^-1 for every rho and every matrix that reads this input.
+    """
+    gram = stats.gram.clone()
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    scale = gram.diagonal().sqrt()
+    gram /= scale[:, None] * scale
+    values, vectors = torch.linalg.eigh(gram)
+    return scale, gram, values.clamp(min=0), vectors
+
+
+@pruner("alps", needs="gram")
+def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -> Tensor:
+    """min tr((B - B_0) G (B - B_0)^T) over B with an exact number of zeros (in the matrix, or N of every M).
+
+    ADMM (sections 3.1 and 3.2): B unconstrained, Z with the zeros, V the multiplier of B = Z; the penalty rho grows
+    until the support stands still. On that support the weights are then refined by conjugate gradients.
+    """
+    scale, gram, values, vectors = (part.to(weight.device) for part in stats.derive(decompose))
+    dense = weight.float() * scale  # B_0 (out, in), in units in which every input has the same size
+    target = dense @ gram
+    z, v, rho = dense, torch.zeros_like(dense), RHO
+    before = removed = None
+    for iteration in range(MOST):
+        right = target - v + rho * z
+        b = (right @ vectors / (values + rho)) @ vectors.T
+        z = b + v / rho
+        removed = mask_of(z.abs(), sparsity, pattern, lowest_of_matrix)
+        z = z.masked_fill(removed, 0)
+        v = v + rho * (b - z)
+        if iteration % EVERY == EVERY - 1:
+            if before is not None:
+                changed = float((removed & ~before).sum()) / max(1, int((~removed).sum()))
+                if changed == 0:
+                    break
+                rho *= next(growth for share, growth in GROWTH if changed > share)
+            before = removed
+    return (refine(z, dense, gram, ~removed) / scale).masked_fill(removed, 0).to(weight.dtype)
+
+
+def refine(z: Tensor, dense: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """Conjugate gradients, row by row, on min tr((Z - B_0) G (Z - B_0)^T) with the support `kept` of Z fixed."""
+    residual = ((dense - z) @ gram) * kept  # (out, in): minus half the gradient
+    direction, size = residual, residual.square().sum(1, keepdim=True)
+    for _ in range(REFINEMENTS):
+        image = (direction @ gram) * kept
+        curvature = (direction * image).sum(1, keepdim=True)
+        step = torch.where(curvature > 0, size / curvature, 0)
+        z = z + step * direction
+        residual = residual - step * image
+        new = residual.square().sum(1, keepdim=True)
+        direction = residual + torch.where(size > 0, new / size, 0) * direction
+        size = new
+    return z
