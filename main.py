@@ -7,7 +7,7 @@ import logging
 import sys
 
 from lib import cli, ranks, results
-from lib.allocation import Problem, allocate
+from lib.allocation import ALLOCATIONS, Problem, allocate
 from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
@@ -15,6 +15,7 @@ from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.metrics import METRICS
 from lib.pruners import PRUNERS
+from lib.quality import allocation_scores
 from lib.sequential import prune_model
 from lib.stopwatch import Stopwatch
 
@@ -44,7 +45,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         seqlen = config.window(window_limit(load_config(source)))
         tokenizer = load_tokenizer(source)
         calibration = evaluation = None
-        if pruner.needs != "nothing":
+        if config.calibrated:
             calibration = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed
             )
@@ -72,28 +73,33 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if dense is not None:
         log.info("perplexity before pruning: %.4f", dense)
 
-    scores, portraits, metric = {}, {}, config.ww_metric[0]
+    scores, portraits, allocation = {}, {}, ALLOCATIONS[config.allocation]
     if config.scored or config.plot:
         scores, portraits = score(config, model, clock, events)
-    quality = scores[metric] if config.scored else {}
 
-    with clock("allocate"):
+    def plan() -> dict:
+        own, of_blocks, held = {}, {}, []
+        if config.scored:
+            own = {name: METRICS[metric].sign * value for name, value in scores[metric].items()}
+        elif allocation.score:
+            own, of_blocks = allocation_scores(
+                model, allocation, calibration, config.options, config.mapping_type, batch_size=batch, store=store
+            )
         problem = Problem(
             sizes={matrix.name: matrix.size for matrix in model.matrices},
             blocks={matrix.name: matrix.block for matrix in model.matrices},
-            sparsity=config.sparsity,
-            scores={name: METRICS[metric].sign * value for name, value in quality.items()},
-            epsilon=config.epsilon,
-            mapping=config.mapping_type,
-        )
+            shapes={matrix.name: matrix.shape for matrix in model.matrices},
+            sparsity=config.sparsity, epsilon=config.epsilon, mapping=config.mapping_type, options=config.options,
+            scores=own, block_scores=of_blocks,
+        )  # fmt: skip
+        targets = allocate(config.allocation, problem, config.pattern.group, events=held)
+        return {"targets": targets, "events": held, "scores": own if allocation.granular else {}}
 
-        def plan() -> dict:
-            held: list[dict] = []
-            return {"targets": allocate(config.allocation, problem, config.pattern.group, events=held), "events": held}
-
+    metric = config.ww_metric[0]
+    with clock("allocate"):
         planned = remember("plan", plan)
-        targets = planned["targets"]
-        events += planned["events"]
+    targets, quality = planned["targets"], scores[metric] if config.scored else planned["scores"]
+    events += planned["events"]
 
     resumable = {}
     if journal:

@@ -57,6 +57,11 @@ class RunConfig:
         None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
     )
     epsilon: float = _flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1]")
+    owl_lambda: float = _flag(0.08, "half the range of sparsities for *_owl")
+    owl_m: float = _flag(5.0, "an outlier for *_owl is this many times the mean")
+    dlp_alpha: float = _flag(0.15, "half the range of sparsities for *_dlp")
+    lsa_alpha: float = _flag(0.15, "half the range of sparsities for *_lsa")
+    ramp_beta: float = _flag(0.01, "what the sparsity grows by from block to block for *_ramp")
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
     calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
     nsamples: int = _flag(128, "calibration windows")
@@ -99,7 +104,7 @@ class RunConfig:
         choose_device(self.device)
         if not self.analyze_only:
             self._check_pattern()
-            if PRUNERS[self.pruner].needs != "nothing":
+            if self.calibrated:
                 find_corpus("--calib_data", self.calib_data)
             if self.eval_wikitext:
                 find_corpus("--eval_data", self.eval_data)
@@ -113,6 +118,13 @@ class RunConfig:
             )
         if not 0 <= self.epsilon <= 1:
             raise RunError(f"--epsilon {self.epsilon:g}: must lie in [0, 1]")
+        for name in ("owl_lambda", "dlp_alpha", "lsa_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RunError(f"--{name} {getattr(self, name):g}: must lie in [0, 1]")
+        if not self.owl_m > 0:
+            raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
+        if not -1 <= self.ramp_beta <= 1:
+            raise RunError(f"--ramp_beta {self.ramp_beta:g}: must lie in [-1, 1]")
         for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -168,6 +180,16 @@ class RunConfig:
         return ALLOCATIONS[self.allocation].needs_scores
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the pruner or the allocation reads activations."""
+        return {PRUNERS[self.pruner].needs, ALLOCATIONS[self.allocation].needs} != {"nothing"}
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The parameters of all allocations."""
+        return {name: getattr(self, name) for entry in ALLOCATIONS for name in ALLOCATIONS[entry].options}
+
+    @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity_type)[0]
 
@@ -182,10 +204,12 @@ class RunConfig:
             read = ("model", "device", "trust_remote_code", "ww_metric", "ww_metric_cache", "cache_dir")
             read += ("analyze_only", "plot", "save", "quiet")
             return [flag_of(f) for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
-        unread = []
-        if not self.scored:
-            unread += ["epsilon", "mapping_type", *([] if self.plot else ["ww_metric", "ww_metric_cache"])]
-        if PRUNERS[self.pruner].needs == "nothing":
+        unread = [name for name in self.options if name not in ALLOCATIONS[self.allocation].options]
+        if not ALLOCATIONS[self.allocation].granular:
+            unread += ["mapping_type"]
+        if not self.scored and not self.plot:
+            unread += ["ww_metric", "ww_metric_cache"]
+        if not self.calibrated:
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
@@ -224,7 +248,9 @@ class RunConfig:
         if self.sparsity_type != "unstructured":
             parts.append(self.sparsity_type.replace(":", "of"))
         if self.scored:
-            parts += [*self.ww_metric, f"eps{self.epsilon:g}"]
+            parts += self.ww_metric
+        for name in ALLOCATIONS[self.allocation].options:
+            parts.append(f"{'eps' if name == 'epsilon' else name}{getattr(self, name):g}")
         return "-".join([*parts, f"seed{self.seed}", digest])
 
 

@@ -1,16 +1,20 @@
-"""Layer quality: every metric asked for of every matrix, from one decomposition each."""
+"""Layer quality: every metric asked for of every matrix, from one decomposition each; and allocations' own scores."""
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
 
 from . import ranks
+from .allocation.base import Allocation
 from .errors import RunError
 from .esd import DegenerateSpectrumError, Spectrum, as_published
 from .metrics import METRICS
 from .model import LanguageModel, Matrix
 from .progress import progress
 from .results.cache import MetricCache
+from .sequential import walk
 
 log = logging.getLogger(__name__)
 
@@ -134,3 +138,27 @@ def _complete(model: LanguageModel, metric: str, found: dict, events: list[dict]
         events.append({"matrix": matrix.name, "message": message})
         result[matrix.name] = sum(peers) / len(peers)
     return result
+
+
+def allocation_scores(
+    model: LanguageModel,
+    allocation: Allocation,
+    windows: Tensor | None,
+    options: Mapping[str, float],
+    mapping: str,
+    **walking,
+) -> tuple[dict[str, object], dict[int, object]]:
+    """What an allocation's own `score` says of each matrix and, for its granularity `mapping`, of each block.
+
+    From the one loop over blocks, without pruning; `walking` are the further arguments of `sequential.walk`.
+    """
+    own, whole = {}, {}
+    by_block = allocation.granular and mapping != "layer_wise"
+    for block, matrices, stats in walk(model, windows, allocation.needs, **walking):
+        read = [(matrix.weight, stats.get(matrix.name)) for matrix in matrices]
+        if by_block and read:
+            whole[block] = allocation.score(read, options)
+        for matrix, one in zip(matrices, read, strict=True):
+            alone = not by_block or mapping == "mixed"
+            own[matrix.name] = allocation.score([one], options) if alone else whole[block]
+    return own, whole

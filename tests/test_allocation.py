@@ -1,14 +1,21 @@
 """Sparsities from scores: worked by hand, published reference points, and the exact budget as a property."""
 
+import dataclasses
 import itertools
 import random
 
 import numpy as np
 import pytest
+import torch
 from shared import SHARED, needs_shared
 
 from lib import Problem, RunError, allocate
+from lib.allocation import ALLOCATIONS
+from lib.allocation.activations import linear_reconstruction_error, median_score, outliers
+from lib.allocation.base import MAPPINGS
 from lib.allocation.budget import S_MAX, fit_budget, round_to_pattern
+from lib.allocation.fixed import lamp_quantiles
+from lib.stats import InputStats
 
 
 def problem(scores, sizes=None, sparsity=0.5, epsilon=0.2, mapping="block_wise", per_block=1) -> Problem:
@@ -136,3 +143,101 @@ def test_matrices_of_a_block_share_their_n():
     values = list(found.values())
     assert values[::2] == values[1::2]
     assert sum(values) / 6 == pytest.approx(0.5)
+
+
+# ---------------------------------------------------------------- allocations beyond AlphaPruning
+
+OPTIONS = {"owl_lambda": 0.08, "owl_m": 5.0, "dlp_alpha": 0.15, "lsa_alpha": 0.15, "ramp_beta": 0.02}
+
+
+def with_options(case: Problem, **changes) -> Problem:
+    return dataclasses.replace(case, options=OPTIONS, **changes)
+
+
+def matrix_and_stats(out: int, into: int, seed: int) -> tuple[torch.Tensor, InputStats, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, x = torch.randn(out, into, generator=generator), torch.randn(50, into, generator=generator).exp()
+    stats = InputStats("gram")
+    stats.add(x)
+    stats.finish()
+    return weight, stats, x
+
+
+def test_owl_by_hand():
+    # keep is (0, 0.08, 0.16), its mean 0.08
+    found = allocate("owl", with_options(problem([1, 2, 3], sparsity=0.7)))
+    assert list(found.values()) == pytest.approx([0.78, 0.70, 0.62])
+
+
+@pytest.mark.parametrize("method", ["dlp", "lsa"])
+def test_dlp_and_lsa_by_hand(method):
+    # importance 1 - (1, 2, 3) / 6, so the first keeps most: keep is (0.3, 0.15, 0), its mean 0.15
+    found = allocate(method, with_options(problem([1, 2, 3], sparsity=0.7)))
+    assert list(found.values()) == pytest.approx([0.55, 0.70, 0.85])
+
+
+def test_own_block_scores_go_before_the_mean():
+    case = with_options(problem([1, 9, 9, 1], sparsity=0.7, per_block=2), block_scores={0: 1.0, 1: 2.0})
+    assert list(allocate("owl", case).values()) == pytest.approx([0.78, 0.78, 0.62, 0.62])
+
+
+def test_ramp_by_hand():
+    assert list(allocate("ramp", with_options(problem([0] * 4))).values()) == pytest.approx([0.47, 0.49, 0.51, 0.53])
+
+
+def test_er_densities_follow_the_shapes():
+    shapes = {"m0": (10, 10), "m1": (10, 40)}
+    case = with_options(problem([0, 0], sizes=[100, 400], sparsity=0.7), shapes=shapes)
+    found = allocate("er", case)
+    density = {name: 1 - sparsity for name, sparsity in found.items()}
+    assert density["m0"] / density["m1"] == pytest.approx((20 / 100) / (50 / 400))
+    assert mean(found, case.sizes) == pytest.approx(0.7)
+
+
+def test_outliers_and_medians_by_their_definition():
+    matrices = [matrix_and_stats(6, 8, 0), matrix_and_stats(4, 12, 1)]
+    pairs = [(weight, stats) for weight, stats, _ in matrices]
+    scores = np.concatenate(
+        [(w.double().abs().numpy() * np.linalg.norm(x.double().numpy(), axis=0)).ravel() for w, _, x in matrices]
+    )
+    assert outliers(pairs, {"owl_m": 2.0}) == pytest.approx(100 * (scores > 2 * scores.mean()).mean(), rel=1e-5)
+    assert median_score(pairs, {}) == pytest.approx(np.sort(scores)[(len(scores) - 1) // 2], rel=1e-5)
+
+
+def test_reconstruction_error_by_trying_every_next_weight():
+    weight, stats, x = matrix_and_stats(3, 160, 2)  # a whole group of 128 columns and one of 32
+    w, x, expected = weight.double().numpy(), x.double().numpy(), 0.0
+    for begin, end in ((0, 128), (128, 160)):
+        for row in w[:, begin:end]:
+            part, gone = x[:, begin:end], []
+            for _ in range((end - begin) // 2):
+                left = [i for i in range(end - begin) if i not in gone]
+                errors = [np.square(part[:, [*gone, i]] @ row[[*gone, i]]).sum() for i in left]
+                gone.append(left[int(np.argmin(errors))])
+            expected += np.square(part[:, gone] @ row[gone]).sum()
+    assert linear_reconstruction_error(weight, stats.gram) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_lamp_is_one_threshold_on_all_scores(sparsity):
+    weights = [torch.randn(20, 30) * scale for scale in (1.0, 0.2, 3.0)]
+    every = []
+    for weight in weights:
+        squares = np.sort(weight.double().numpy().ravel() ** 2)
+        every.append(squares / np.cumsum(squares[::-1])[::-1])
+    threshold = np.quantile(np.concatenate(every), sparsity)
+    case = with_options(problem([0] * 3, sizes=[600] * 3, sparsity=sparsity))
+    case = dataclasses.replace(case, scores={f"m{i}": lamp_quantiles([(w, None)], {}) for i, w in enumerate(weights)})
+    found = allocate("lamp", case)
+    assert list(found.values()) == pytest.approx([(scores < threshold).mean() for scores in every], abs=0.01)
+    assert mean(found, case.sizes) == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("method", [name for name in ALLOCATIONS if ALLOCATIONS[name].granular])
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_every_granularity_meets_the_budget(method, mapping):
+    scores, sizes = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0], [10, 20, 30, 10, 20, 30]
+    case = with_options(problem(scores, sizes, 0.6, mapping=mapping, per_block=2))
+    found = allocate(method, case)
+    assert mean(found, case.sizes) == pytest.approx(0.6, abs=1e-9)
+    assert len(set(found.values())) == (3 if mapping == "block_wise" else 6)

@@ -21,7 +21,8 @@ DECIDING = {
     "ww_metric": "alpha_mid", "epsilon": 0.3, "mapping_type": "layer_wise", "calib_data": "pydoc", "nsamples": 64,
     "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
-    "eval_dense": True, "analyze_only": True, "stream": True,
+    "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
+    "lsa_alpha": 0.1, "ramp_beta": 0.02,
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -189,6 +190,7 @@ def test_batch(batch_size, seqlen, batch, configure, monkeypatch):
 
 ALLOCATING = {"ww_metric": "alpha_mid", "ww_metric_cache": "scores", "epsilon": 0.3, "mapping_type": "mixed"}
 CALIBRATING = {"calib_data": "pydoc", "nsamples": 4}
+SCORING_FLAGS = {"--WW_metric", "--WW_metric_cache", "--epsilon"}
 EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
 
 
@@ -198,6 +200,12 @@ EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
         ("wanda_ww", True, set()),
         ("wanda_ww", False, {"--eval_data", "--eval_windows"}),
         ("sparsegpt", True, {"--WW_metric", "--WW_metric_cache", "--epsilon", "--mapping_type"}),
+        ("magnitude_dlp", True, SCORING_FLAGS),
+        (
+            "magnitude_lamp",
+            True,
+            {"--WW_metric", "--WW_metric_cache", "--epsilon", "--mapping_type", *CALIBRATING_FLAGS},
+        ),
         ("magnitude_ww", True, {"--calib_data", "--nsamples"}),
     ],
 )

@@ -107,6 +107,7 @@ def tiny_folder(tmp_path_factory):
     backend = Tokenizer(models.WordLevel({"<unk>": 0, **{chr(97 + i): i + 1 for i in range(26)}}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    (folder / "letters.txt").write_text("".join(chr(97 + i * i % 26) for i in range(3000)))
     return folder
 
 
@@ -115,7 +116,8 @@ def tiny_folder(tmp_path_factory):
 def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder, tmp_path):
     config = RunConfig(
         model=str(tiny_folder), prune_method=method, sparsity_ratio=0.5, sparsity_type=sparsity_type, seqlen=32,
-        nsamples=4, eval_windows=2, calib_data="pydoc", eval_data="pydoc", device="cpu", epsilon=0.4,
+        nsamples=4, eval_windows=2, device="cpu", epsilon=0.4, calib_data=str(tiny_folder / "letters.txt"),
+        eval_data=str(tiny_folder / "letters.txt"),
         cache_dir=str(tmp_path / "cache"), save=str(tmp_path / "out"), save_model=str(tmp_path / "pruned"),
     )  # fmt: skip
     record = main.run(config)

@@ -1,10 +1,13 @@
-"""What an allocation is, and the one entry that runs it."""
+"""What an allocation is, what it may look at, and the one entry that runs it."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..registry import Registry
-from .budget import S_MAX, round_to_pattern
+from ..stats import InputStats
+from .budget import S_MAX, fit_budget, round_to_pattern
 
 MAPPINGS = ("block_wise", "layer_wise", "mixed")
 
@@ -13,12 +16,16 @@ MAPPINGS = ("block_wise", "layer_wise", "mixed")
 class Problem:
     """Everything an allocation may look at; all mappings share the matrices' names as keys.
 
-    sizes     weights in each matrix
-    blocks    the block each matrix belongs to
-    sparsity  the share of all weights to prune, S
-    scores    layer quality, larger for matrices that can lose more; empty where the method needs none
-    epsilon   half the range of the pruning ratios around 1
-    mapping   one of MAPPINGS: where the sparsities may differ
+    sizes         weights in each matrix
+    blocks        the block each matrix belongs to
+    sparsity      the share of all weights to prune, S
+    scores        of each matrix: layer quality, larger for matrices that can lose more, or what the allocation's own
+                  `score` says of it; empty where it reads none
+    epsilon       half the range of the pruning ratios around 1 (`ww`)
+    mapping       one of MAPPINGS: where the sparsities may differ
+    block_scores  of each block as a whole; where empty, the mean over its matrices
+    shapes        (out, in) of each matrix (`er`)
+    options       the other allocations' parameters by their flags' names
     """
 
     sizes: Mapping[str, int]
@@ -27,6 +34,9 @@ class Problem:
     scores: Mapping[str, float]
     epsilon: float = 0.2
     mapping: str = "block_wise"
+    block_scores: Mapping[int, float] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    options: Mapping[str, float] = field(default_factory=dict)
 
     def members(self) -> dict[int, list[str]]:
         """The names of each block's matrices."""
@@ -35,21 +45,69 @@ class Problem:
             members.setdefault(block, []).append(name)
         return members
 
+    def score_of_block(self, block: int, names: Sequence[str]) -> float:
+        if self.block_scores:
+            return self.block_scores[block]
+        return sum(self.scores[name] for name in names) / len(names)
+
+
+# Weights and input statistics of the matrices that are scored together, and the options, to their score.
+Score = Callable[[Sequence[tuple[Tensor, InputStats | None]], Mapping[str, float]], object]
+
 
 @dataclass(frozen=True)
 class Allocation:
-    """solve(problem) -> sparsity of each matrix; needs_scores where it reads `problem.scores`."""
+    """solve(problem) -> sparsity of each matrix.
+
+    needs_scores  whether it reads the scores of --WW_metric
+    score         or a score of its own, of the dense model's weights and inputs
+    needs         what of the inputs that score reads (lib/stats.py)
+    options       the flags that are its parameters
+    granular      whether --mapping_type matters: it goes through `by_mapping`
+    """
 
     solve: Callable[[Problem], dict[str, float]]
-    needs_scores: bool
+    needs_scores: bool = False
+    score: Score | None = None
+    needs: str = "nothing"
+    options: tuple[str, ...] = ()
+    granular: bool = False
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("--prune_method")
 
 
-def allocation(name: str, *, needs_scores: bool):
-    """Register a function of a `Problem` as the allocation `name`."""
-    return ALLOCATIONS.register(name, lambda function: Allocation(function, needs_scores))
+def allocation(name: str, **properties):
+    """Register a function of a `Problem` as the allocation `name`; `properties` are those of `Allocation`."""
+    return ALLOCATIONS.register(name, lambda function: Allocation(function, **properties))
+
+
+def by_mapping(
+    problem: Problem, ratios_of: Callable[[Mapping[str, float], float], dict[str, float]]
+) -> dict[str, float]:
+    """Sparsities in proportion to `ratios_of(scores, mean sparsity)`, at the problem's granularity and budget.
+
+    block_wise  of the blocks' scores
+    layer_wise  of the matrices' own
+    mixed       the block-wise sparsity is each block's budget, spread inside by the matrices' own scores
+    """
+
+    def solve(scores: Mapping[str, float], sparsity: float) -> dict[str, float]:
+        if min(scores.values()) == max(scores.values()):
+            return dict.fromkeys(scores, sparsity)
+        return fit_budget(ratios_of(scores, sparsity), problem.sizes, sparsity)
+
+    if problem.mapping == "layer_wise":
+        return solve(problem.scores, problem.sparsity)
+    members = problem.members()
+    of_block = {block: problem.score_of_block(block, names) for block, names in members.items()}
+    by_block = solve({name: of_block[block] for name, block in problem.blocks.items()}, problem.sparsity)
+    if problem.mapping == "block_wise":
+        return by_block
+    result = {}
+    for names in members.values():
+        result |= solve({name: problem.scores[name] for name in names}, by_block[names[0]])
+    return result
 
 
 def allocate(

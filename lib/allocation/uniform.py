@@ -3,7 +3,7 @@
 from .base import Problem, allocation
 
 
-@allocation("uniform", needs_scores=False)
+@allocation("uniform")
 def uniform(problem: Problem) -> dict[str, float]:
     """s_k = S."""
     return dict.fromkeys(problem.sizes, problem.sparsity)

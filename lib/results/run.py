@@ -183,11 +183,10 @@ def _layers_table(layers: list[dict]) -> str:
 def append_result(config: RunConfig, record: dict) -> None:
     """One line for the run at the end of results.tsv."""
     perplexity = record["perplexity"] or {}
-    scored = any(layer["score"] is not None for layer in record["layers"])
     allocated = [*config.ww_metric, config.epsilon, config.mapping_type]
     values = (
         record["run"], config.model, config.prune_method, config.sparsity_type, config.sparsity,
-        f"{record['sparsity']['achieved']:.6f}", *(allocated if scored else ["", "", ""]), config.seed,
+        f"{record['sparsity']['achieved']:.6f}", *(allocated if config.scored else ["", "", ""]), config.seed,
         *map(perplexity.get, ("dataset", "seqlen", "windows", "dense", "pruned")), f"{record['seconds']['total']:.1f}",
     )  # fmt: skip
     line = "\t".join("" if value is None else str(value) for value in values) + "\n"

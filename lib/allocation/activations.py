@@ -1,0 +1,97 @@
+"""Allocations that look at weights and activations: OWL, DLP and LSA.
+
+Each scores the dense model (of a block all its matrices together), and keeps more where the score says so:
+s = S + mean(keep) - keep, in the manner of OWL, and then exactly to the budget.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..stats import InputStats
+from .base import Problem, allocation, by_mapping
+
+LSA_GROUP = 128  # columns pruned together
+
+
+def _keep_more(problem: Problem, scores: Mapping[str, float], sparsity: float, span: float) -> dict[str, float]:
+    """S + mean(keep) - keep with keep in [0, 2 span], growing with the score. Below zero it is cut off there."""
+    low, high = min(scores.values()), max(scores.values())
+    keep = {name: 2 * span * (score - low) / (high - low) for name, score in scores.items()}
+    mean = sum(keep[name] * problem.sizes[name] for name in keep) / sum(problem.sizes[name] for name in keep)
+    return {name: max(0.0, sparsity + mean - kept) for name, kept in keep.items()}
+
+
+def _importance(scores: Mapping[str, float]) -> dict[str, float]:
+    """1 - score / sum(scores): DLP's relative importance, which is large where the score is small."""
+    total = sum(scores.values())
+    return {name: 1 - score / total for name, score in scores.items()}
+
+
+def wanda_scores(weight: Tensor, stats: InputStats | None) -> Tensor:
+    """|W_ij| * ||X_j||_2, flat; of an input that saw no token |W_ij|."""
+    size = weight.abs().float()
+    return (size if stats is None else size * stats.sum_squares.sqrt().to(weight.device)).flatten()
+
+
+def outliers(matrices: Sequence[tuple[Tensor, InputStats | None]], options: Mapping[str, float]) -> float:
+    """Percentage of the entries of |W| * ||X||_2 above `owl_m` times their mean."""
+    scores = torch.cat([wanda_scores(*matrix) for matrix in matrices])
+    return 100 * float((scores > options["owl_m"] * scores.mean()).float().mean())
+
+
+@allocation("owl", score=outliers, needs="diagonal", options=("owl_lambda", "owl_m"), granular=True)
+def owl(problem: Problem) -> dict[str, float]:
+    """Outlier-weighed layer-wise sparsity (Yin et al. 2023, arXiv 2310.05175): more outliers keep more weights."""
+    span = problem.options["owl_lambda"]
+    return by_mapping(problem, lambda scores, sparsity: _keep_more(problem, scores, sparsity, span))
+
+
+def median_score(matrices: Sequence[tuple[Tensor, InputStats | None]], _options: Mapping[str, float]) -> float:
+    """Median of the entries of |W| * ||X||_2, as in the paper (the published code takes the mean)."""
+    return float(torch.cat([wanda_scores(*matrix) for matrix in matrices]).median())
+
+
+@allocation("dlp", score=median_score, needs="diagonal", options=("dlp_alpha",), granular=True)
+def dlp(problem: Problem) -> dict[str, float]:
+    """Dynamic layer-wise pruning (Chen et al. 2025, arXiv 2505.23807): a low median keeps more weights."""
+    span = problem.options["dlp_alpha"]
+    return by_mapping(problem, lambda scores, sparsity: _keep_more(problem, _importance(scores), sparsity, span))
+
+
+def linear_reconstruction_error(weight: Tensor, gram: Tensor) -> float:
+    """Error of removing, greedily, half of the weights of each row in each group of LSA_GROUP columns.
+
+    weight (out, in), gram X^T X (in, in). Taking w_i besides the weights S already gone adds
+    w_i^2 G_ii + 2 w_i sum_{j in S} w_j G_ij to the row's squared error; the least is taken next. Groups do not see
+    each other.
+    """
+    total = 0.0
+    for begin in range(0, weight.shape[1], LSA_GROUP):
+        w = weight[:, begin : begin + LSA_GROUP].float()  # (out, g)
+        g = gram[begin : begin + LSA_GROUP, begin : begin + LSA_GROUP].to(w.device)
+        cost = w.square() * g.diagonal()
+        rows = torch.arange(len(w), device=w.device)
+        for _ in range(w.shape[1] // 2):
+            least = cost.min(1)
+            total += float(least.values.double().sum())
+            taken = least.indices
+            cost += 2 * w * (w[rows, taken, None] * g[taken])
+            cost[rows, taken] = torch.inf
+    return total
+
+
+def mean_reconstruction_error(
+    matrices: Sequence[tuple[Tensor, InputStats | None]], _options: Mapping[str, float]
+) -> float:
+    """The mean over the matrices; one whose input saw no token costs nothing."""
+    errors = [0.0 if stats is None else linear_reconstruction_error(weight, stats.gram) for weight, stats in matrices]
+    return sum(errors) / len(errors)
+
+
+@allocation("lsa", score=mean_reconstruction_error, needs="gram", options=("lsa_alpha",), granular=True)
+def lsa(problem: Problem) -> dict[str, float]:
+    """Layer-wise sparsity allocation (ICLR 2026, OpenReview xq3lza5IjN): by reconstruction errors, then as DLP."""
+    span = problem.options["lsa_alpha"]
+    return by_mapping(problem, lambda scores, sparsity: _keep_more(problem, _importance(scores), sparsity, span))
