@@ -201,11 +201,7 @@ EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
         ("wanda_ww", False, {"--eval_data", "--eval_windows"}),
         ("sparsegpt", True, {"--WW_metric", "--WW_metric_cache", "--epsilon", "--mapping_type"}),
         ("magnitude_dlp", True, SCORING_FLAGS),
-        (
-            "magnitude_lamp",
-            True,
-            {"--WW_metric", "--WW_metric_cache", "--epsilon", "--mapping_type", *CALIBRATING_FLAGS},
-        ),
+        ("magnitude_lamp", True, {*SCORING_FLAGS, "--mapping_type", "--calib_data", "--nsamples"}),
         ("magnitude_ww", True, {"--calib_data", "--nsamples"}),
     ],
 )
