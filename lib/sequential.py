@@ -5,16 +5,17 @@ Every block is called with exactly the arguments the model itself passed to it, 
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
 from . import ranks
 from .activations import Activations, Store
+from .collector import Collector, StopForward
 from .errors import RunError
 from .masks import Pattern
-from .model import LanguageModel, Matrix, matrix_inputs, replaced_forward
+from .model import LanguageModel, Matrix, replaced_forward
 from .progress import progress
 from .pruners import PRUNERS, Pruner
 from .stats import InputStats
@@ -23,10 +24,6 @@ from .stopwatch import Stopwatch
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 16
-
-
-class _StopForward(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass early: nothing that lies behind this point is wanted."""
 
 
 def prune_model(
@@ -226,7 +223,7 @@ class Stream:
                     first.append(hidden)
                 calls.append(call)
                 if len(calls) == len(self.model.blocks):
-                    raise _StopForward
+                    raise StopForward
                 return hidden if tail is None else (hidden, *tail)
 
             return forward
@@ -234,7 +231,7 @@ class Stream:
         with ExitStack() as stack:
             for block, tail in zip(self.model.blocks, self._tails, strict=True):
                 stack.enter_context(replaced_forward(block, recorder(tail)))
-            with suppress(_StopForward):
+            with suppress(StopForward):
                 self.model.hidden_states(tokens)
         return first[0], calls
 
@@ -327,60 +324,3 @@ def _same(one, other) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return one == other if isinstance(one, (bool, int, float, str)) else True
-
-
-class Collector:
-    """Gathers the statistics of one block's inputs from its forward passes.
-
-    Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
-    lies behind its last matrix's input is not computed: nobody reads it here.
-    """
-
-    def __init__(self, matrices: list[Matrix], needs: str):
-        self.needs = needs
-        self.stats: dict[str, InputStats] = {}
-        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
-        self._modules = list(dict.fromkeys(m.module for m in matrices))
-        self._order: list[nn.Module] = []  # in which the current batch reached the modules
-        self._last: nn.Module | None = None  # the module at which a pass may end, once known
-        self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
-
-    @contextmanager
-    def batch(self, block: nn.Module):
-        """While one batch runs through `block`."""
-        self._order.clear()
-        self._seen.clear()
-        with ExitStack() as stack:
-            for module in self._modules:
-                stack.callback(module.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
-            try:
-                yield
-            except _StopForward:
-                return
-        # The first whole pass tells the order; a pass may end early only where each module was reached just once.
-        if self._last is None and sorted(map(id, self._order)) == sorted(map(id, self._modules)):
-            self._last = self._order[-1]
-
-    def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._order.append(module)
-        for parameter, expert, x in matrix_inputs(module, args, kwargs):
-            name = self._names.get((module, parameter, expert))
-            if name is not None and x.numel():
-                self._add(name, x)
-        if module is self._last and len(self._order) == len(self._modules):
-            raise _StopForward
-
-    def _add(self, name: str, x: Tensor) -> None:
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        if key in self._seen:
-            self.stats.setdefault(name, self._seen[key][1])
-            return
-        stats = self.stats.setdefault(name, InputStats(self.needs))
-        stats.add(x)
-        self._seen[key] = (x, stats)
-
-    def finish(self) -> dict[str, InputStats]:
-        self._seen.clear()
-        for stats in set(self.stats.values()):
-            stats.finish()
-        return self.stats

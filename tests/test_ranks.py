@@ -63,6 +63,7 @@ def record_of(out: Path) -> dict:
         (2, "mixtral", "wanda", []),
         (3, "mixtral", "sparsegpt_ww", ["--stream"]),
         (2, "llama", "magnitude_ww", []),
+        (2, "llama", "wanda_owl", ["--stream"]),
     ],
 )
 def test_ranks_share_the_work_and_not_the_result(processes, model, method, more, places, tmp_path):

@@ -1,0 +1,69 @@
+"""The statistics of one block's inputs, gathered from its forward passes."""
+
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from .model import Matrix, matrix_inputs
+from .stats import InputStats
+
+
+class StopForward(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass early: nothing that lies behind this point is wanted."""
+
+
+class Collector:
+    """Gathers the statistics of one block's inputs from its forward passes.
+
+    Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
+    lies behind its last matrix's input is not computed: nobody reads it here.
+    """
+
+    def __init__(self, matrices: list[Matrix], needs: str):
+        self.needs = needs
+        self.stats: dict[str, InputStats] = {}
+        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
+        self._modules = list(dict.fromkeys(m.module for m in matrices))
+        self._order: list[nn.Module] = []  # in which the current batch reached the modules
+        self._last: nn.Module | None = None  # the module at which a pass may end, once known
+        self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
+
+    @contextmanager
+    def batch(self, block: nn.Module):
+        """While one batch runs through `block`."""
+        self._order.clear()
+        self._seen.clear()
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
+            try:
+                yield
+            except StopForward:
+                return
+        # The first whole pass tells the order; a pass may end early only where each module was reached just once.
+        if self._last is None and sorted(map(id, self._order)) == sorted(map(id, self._modules)):
+            self._last = self._order[-1]
+
+    def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._order.append(module)
+        for parameter, expert, x in matrix_inputs(module, args, kwargs):
+            name = self._names.get((module, parameter, expert))
+            if name is not None and x.numel():
+                self._add(name, x)
+        if module is self._last and len(self._order) == len(self._modules):
+            raise StopForward
+
+    def _add(self, name: str, x: Tensor) -> None:
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        if key in self._seen:
+            self.stats.setdefault(name, self._seen[key][1])
+            return
+        stats = self.stats.setdefault(name, InputStats(self.needs))
+        stats.add(x)
+        self._seen[key] = (x, stats)
+
+    def finish(self) -> dict[str, InputStats]:
+        self._seen.clear()
+        for stats in set(self.stats.values()):
+            stats.finish()
+        return self.stats
