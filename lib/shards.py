@@ -13,14 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from .errors import RunError
@@ -34,6 +26,10 @@ class Shards:
     """
 
     def __init__(self, model: nn.Module, files: Iterable[Path], name: str):
+        # Here and below: these take a second to import, and most errors come before a model is opened.
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
         self.model, self.name = model, name
         self._files: dict[str, Path] = {}  # tensor name in the checkpoint -> its file
         for path in files:
@@ -60,6 +56,9 @@ class Shards:
         """Give the model's parameters and buffers of these names their values, on `device`, in the dtype they were
         built with. Raises RunError for one that is missing, of another shape, or holds NaN or infinity.
         """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
         names = list(names)
         sources = [source for name in names for source in self._sources.get(name, [])]
         with ExitStack() as stack:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.core_model_loading import revert_weight_conversion
 
 from .. import ranks
 from ..config import RunConfig
@@ -113,6 +112,8 @@ class Journal:
 
     def commit(self, block: int, stats: dict[str, InputStats], events: list[dict]) -> None:
         """Write the pruned block, which is resident, and then its record."""
+        from transformers.core_model_loading import revert_weight_conversion  # a second to import
+
         name = self._shard_name(block + 1)
         state = revert_weight_conversion(self._model.model, self._model.block_state(block))
         tensors = {key: tensor.contiguous().cpu() for key, tensor in state.items()}

@@ -5,7 +5,6 @@ from html import escape
 from pathlib import Path
 
 from .. import ranks
-from ..plots import draw_esds, draw_scores, draw_sparsities, png
 from .files import write_bytes, write_text
 from .run import summary
 
@@ -26,6 +25,8 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
     """
     if not ranks.first():
         return
+    from ..plots import draw_esds, draw_scores, draw_sparsities, png  # matplotlib is slow to import
+
     layers = record["layers"]
     figures = {f"{metric}-depth": draw_scores(layers, values, metric) for metric, values in scores.items()}
     if record["sparsity"]:
