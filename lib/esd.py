@@ -5,6 +5,7 @@ Kolmogorov-Smirnov choice of the tail follow Clauset, Shalizi and Newman (2009) 
 Everything is float64: the small eigenvalues that set the histogram's range do not survive a float32 Gram.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +43,21 @@ def as_published(weight: Tensor) -> Tensor:
     """
     half = weight.half()
     return half if half.isfinite().all() else weight.float()
+
+
+@contextmanager
+def cores_for_blas(shape: tuple[int, int]):
+    """While a matrix is analysed whose linear algebra is scipy's: leave the cores to its threads.
+
+    torch's, which go on spinning after each operation, would take turns with them at twice the time (docs/LOG.md).
+    """
+    threads = torch.get_num_threads()
+    try:
+        if min(shape) <= SCIPY_UP_TO:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def squared_singular_values(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import ranks
 from .allocation.base import Allocation
 from .errors import RunError
-from .esd import DegenerateSpectrumError, Spectrum, as_published
+from .esd import DegenerateSpectrumError, Spectrum, as_published, cores_for_blas
 from .metrics import METRICS
 from .model import LanguageModel, Matrix
 from .progress import progress
@@ -79,8 +79,9 @@ def measure(
                         entries = [entry for entry in wanted if matrix.name not in found[entry]]
                         if entries:
                             bar.set_postfix_str(matrix.name, refresh=False)
-                            spectrum = Spectrum(as_published(matrix.weight))
-                            values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
+                            with cores_for_blas(matrix.shape):
+                                spectrum = Spectrum(as_published(matrix.weight))
+                                values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
                 for measured in ranks.gather(values):
                     for name, of_matrix in measured.items():
                         for entry, value in of_matrix.items():
