@@ -89,9 +89,9 @@ class Spectrum:
         self.weight = weight
 
     @classmethod
-    def of(cls, values: Tensor, weight: Tensor | None = None) -> "Spectrum":
+    def of(cls, values: Tensor) -> "Spectrum":
         """A spectrum of given eigenvalues (N,), in any order: pooled ones, or drawn from a known law."""
-        spectrum = cls(torch.empty(0, 0) if weight is None else weight)
+        spectrum = cls(torch.empty(0, 0))
         spectrum.__dict__["values"] = values.double().sort().values
         return spectrum
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 from safetensors import safe_open
@@ -166,5 +165,4 @@ class Journal:
         """The run is over: note in the checkpoint how it was made, and forget the way here."""
         write_text(self._target / MARK, json.dumps(without_layers(record), indent=1) + "\n")
         ranks.barrier()
-        if ranks.first():
-            shutil.rmtree(self._folder)
+        remove(self._folder)

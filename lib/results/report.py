@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import ranks
 from .files import write_bytes, write_text
-from .run import summary
+from .run import flat, summary
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -47,10 +47,7 @@ def _page(record: dict, pictures: dict[str, bytes]) -> str:
         f'{base64.b64encode(picture).decode()}">'
         for name, picture in pictures.items()
     )
-    layers = [
-        {key: value for key, value in layer.items() if key != "scores"} | layer.get("scores", {})
-        for layer in record["layers"]
-    ]
+    layers = [flat(layer) for layer in record["layers"]]
     events = [[event["matrix"] or "", event["message"]] for event in record["events"]]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>

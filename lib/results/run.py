@@ -166,14 +166,19 @@ def write_run(config: RunConfig, record: dict) -> Path:
     return folder
 
 
+def flat(layer: dict) -> dict:
+    """A layer of run.json with an analysis's scores as fields of their own."""
+    return {key: value for key, value in layer.items() if key != "scores"} | layer.get("scores", {})
+
+
 def _layers_table(layers: list[dict]) -> str:
     """layers.csv: a column for each number of a layer, its shape as rows and columns, one metric a column."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     for index, layer in enumerate(layers):
-        own = {key: value for key, value in layer.items() if key not in ("shape", "scores")} | layer.get("scores", {})
+        own = flat(layer)
         values = {"name": own.pop("name"), "block": own.pop("block")}
-        values |= dict(zip(("rows", "columns"), layer["shape"], strict=True)) | own
+        values |= dict(zip(("rows", "columns"), own.pop("shape"), strict=True)) | own
         if index == 0:
             rows.writerow(values)
         rows.writerow("" if value is None else value for value in values.values())
