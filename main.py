@@ -6,16 +6,16 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 import logging
 import sys
 
+from torch import Tensor
+
 from lib import cli, ranks, results
-from lib.allocation import ALLOCATIONS, Problem, allocate
 from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.metrics import METRICS
+from lib.plan import plan
 from lib.pruners import PRUNERS
-from lib.quality import allocation_scores
 from lib.sequential import prune_model
 from lib.stopwatch import Stopwatch
 
@@ -44,12 +44,14 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         seqlen = config.window(window_limit(load_config(source)))
         tokenizer = load_tokenizer(source)
-        calibration = evaluation = None
+        calibration = held_out = evaluation = None
         if config.calibrated:
-            calibration = calibration_windows(
-                config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed
-            )
-            ranks.enough("--nsamples", calibration)
+            windows = calibration_windows(
+                config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
+                held_out=config.held_out,
+            )  # fmt: skip
+            calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
+            ranks.enough("--nsamples", held_out if config.held_out else calibration)
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
             ranks.enough("--eval_windows", evaluation)
@@ -73,32 +75,22 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if dense is not None:
         log.info("perplexity before pruning: %.4f", dense)
 
-    scores, portraits, allocation = {}, {}, ALLOCATIONS[config.allocation]
+    scores, portraits = {}, {}
     if config.scored or config.plot:
         scores, portraits = score(config, model, clock, events)
 
-    def plan() -> dict:
-        own, of_blocks, held = {}, {}, []
-        if config.scored:
-            own = {name: METRICS[metric].sign * value for name, value in scores[metric].items()}
-        elif allocation.score:
-            own, of_blocks = allocation_scores(
-                model, allocation, calibration, config.options, config.mapping_type, batch_size=batch, store=store
-            )
-        problem = Problem(
-            sizes={matrix.name: matrix.size for matrix in model.matrices},
-            blocks={matrix.name: matrix.block for matrix in model.matrices},
-            shapes={matrix.name: matrix.shape for matrix in model.matrices},
-            sparsity=config.sparsity, epsilon=config.epsilon, mapping=config.mapping_type, options=config.options,
-            scores=own, block_scores=of_blocks,
+    def prune_to(targets: dict[str, float], windows: Tensor, **settings) -> None:
+        prune_model(
+            model, pruner.variant if config.use_variant else pruner, targets, config.pattern, windows,
+            batch_size=batch, asymmetry=config.asymmetry, **settings,
         )  # fmt: skip
-        targets = allocate(config.allocation, problem, config.pattern.group, events=held)
-        return {"targets": targets, "events": held, "scores": own if allocation.granular else {}}
 
-    metric = config.ww_metric[0]
     with clock("allocate"):
-        planned = remember("plan", plan)
-    targets, quality = planned["targets"], scores[metric] if config.scored else planned["scores"]
+        planned = remember(
+            "plan",
+            lambda: plan(config, model, scores, calibration, held_out, prune=prune_to, batch_size=batch, store=store),
+        )
+    targets = planned["targets"]
     events += planned["events"]
 
     resumable = {}
@@ -106,16 +98,14 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         journal.reread(journal.done)
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
-    variant = pruner.variant if config.use_variant else pruner
-    prune_model(
-        model, variant, targets, config.pattern, calibration, batch_size=batch, clock=clock, events=events, **resumable
-    )
+    prune_to(targets, calibration, recovery=config.recover == "block", clock=clock, events=events, **resumable)
     if journal:
         journal.finish()
 
+    quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
     layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
     measured = None
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events)
+    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["search"])
     folder = results.write_run(config, record)  # once now, so that nothing is lost if what follows fails
     if config.save_model and not journal:
         with clock("save"):
@@ -126,7 +116,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen, "windows": len(evaluation),
             "tokens": evaluation.numel(), "dense": dense, "pruned": evaluate("pruned"),
         }  # fmt: skip
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events)
+    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["search"])
     results.write_run(config, record)
     results.append_result(config, record)
     if config.plot:

@@ -68,6 +68,13 @@ class Activations:
         place = self._mapped[begin : begin + hidden.numel()].view(hidden.shape)
         self._batches.append(place.copy_(hidden))
 
+    def copy(self) -> "Activations":
+        """The same hidden states, to go their own way."""
+        other = Activations(self._device, self._windows, self._store)
+        for hidden in self._batches:
+            other.append(hidden.clone())
+        return other
+
     def __len__(self) -> int:
         return len(self._batches)
 

@@ -42,8 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         if types[item.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
         else:
-            # `int | None`, `tuple[str, ...]` and the like: the type that is not None
-            options["type"] = next(t for t in typing.get_args(types[item.name]) or [types[item.name]] if t is not None)
+            options["type"] = _reader(types[item.name])
             options["metavar"] = item.name.rpartition("_")[2].upper()
             several = isinstance(item.default, tuple)
             options["nargs"] = "+" if several else None
@@ -60,6 +59,21 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         guess = f"did you mean {' or '.join(near)}?" if near and flag.startswith("-") else "see --help"
         raise RunError(f"{flag}: belongs to no flag; {guess}")
     return RunConfig(**vars(namespace))
+
+
+def _reader(declared) -> Callable[[str], object]:
+    """What turns a flag's text into its field's type; of `float | str`, a number where the text is one."""
+    kinds = [kind for kind in typing.get_args(declared) or [declared] if kind not in (type(None), ...)]
+    if kinds != [float, str]:
+        return kinds[0]
+
+    def number_or_word(text: str) -> float | str:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    return number_or_word
 
 
 class _TqdmHandler(logging.StreamHandler):

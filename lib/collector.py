@@ -16,17 +16,32 @@ class Collector:
     """Gathers the statistics of one block's inputs from its forward passes.
 
     Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
-    lies behind its last matrix's input is not computed: nobody reads it here.
+    lies behind its last matrix's input is not computed: nobody reads it here. With `cross`, each batch comes first in
+    the dense model (`reference`), and the statistics hold both inputs' cross Gram.
     """
 
-    def __init__(self, matrices: list[Matrix], needs: str):
-        self.needs = needs
+    def __init__(self, matrices: list[Matrix], needs: str, cross: bool = False):
+        self.needs, self.cross = needs, cross
         self.stats: dict[str, InputStats] = {}
         self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
         self._modules = list(dict.fromkeys(m.module for m in matrices))
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
+        self._dense: dict[nn.Module, Tensor] = {}  # what each module reads of the current batch in the dense model
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
+
+    @contextmanager
+    def reference(self):
+        """While the batch that comes next runs through the same block in the dense model."""
+
+        def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._dense[module] = (*args, *kwargs.values())[0]
+
+        self._dense.clear()
+        with ExitStack() as stack:
+            for module in self._modules:
+                stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
+            yield
 
     @contextmanager
     def batch(self, block: nn.Module):
@@ -46,20 +61,24 @@ class Collector:
 
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._order.append(module)
+        dense = self._dense.get(module)
+        # The dense model's input goes where the pruned one's is routed.
+        paired = None if dense is None else matrix_inputs(module, (dense, *(*args, *kwargs.values())[1:]), {})
         for parameter, expert, x in matrix_inputs(module, args, kwargs):
+            x_dense = None if paired is None else next(paired)[2]
             name = self._names.get((module, parameter, expert))
             if name is not None and x.numel():
-                self._add(name, x)
+                self._add(name, x, x_dense)
         if module is self._last and len(self._order) == len(self._modules):
             raise StopForward
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, x: Tensor, dense: Tensor | None) -> None:
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         if key in self._seen:
             self.stats.setdefault(name, self._seen[key][1])
             return
-        stats = self.stats.setdefault(name, InputStats(self.needs))
-        stats.add(x)
+        stats = self.stats.setdefault(name, InputStats(self.needs, self.cross))
+        stats.add(x, dense if dense is not None and dense.shape == x.shape else None)
         self._seen[key] = (x, stats)
 
     def finish(self) -> dict[str, InputStats]:

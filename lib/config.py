@@ -18,6 +18,8 @@ from .metrics import METRICS
 from .pruners import PRUNERS
 from .registry import unknown_name
 
+RECOVERIES = ("none", "block")
+AUTO = "auto"  # for an allocation's parameter: chosen on held-out calibration windows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
@@ -56,12 +58,14 @@ class RunConfig:
     ww_metric_cache: str | None = _flag(
         None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
     )
-    epsilon: float = _flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1]")
-    owl_lambda: float = _flag(0.08, "half the range of sparsities for *_owl")
+    epsilon: float | str = _flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1], or auto")
+    owl_lambda: float | str = _flag(0.08, "half the range of sparsities for *_owl, or auto")
     owl_m: float = _flag(5.0, "an outlier for *_owl is this many times the mean")
-    dlp_alpha: float = _flag(0.15, "half the range of sparsities for *_dlp")
-    lsa_alpha: float = _flag(0.15, "half the range of sparsities for *_lsa")
-    ramp_beta: float = _flag(0.01, "what the sparsity grows by from block to block for *_ramp")
+    dlp_alpha: float | str = _flag(0.15, "half the range of sparsities for *_dlp, or auto")
+    lsa_alpha: float | str = _flag(0.15, "half the range of sparsities for *_lsa, or auto")
+    ramp_beta: float | str = _flag(0.01, "what the sparsity grows by from block to block for *_ramp, or auto")
+    asymmetry: float = _flag(0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1]")
+    recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
     calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
     nsamples: int = _flag(128, "calibration windows")
@@ -116,15 +120,19 @@ class RunConfig:
             raise RunError(
                 f"--sparsity_ratio {ratio:g}: must lie in [{S_MIN:g}, {S_MAX:g}], the share of weights to remove"
             )
-        if not 0 <= self.epsilon <= 1:
-            raise RunError(f"--epsilon {self.epsilon:g}: must lie in [0, 1]")
-        for name in ("owl_lambda", "dlp_alpha", "lsa_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise RunError(f"--{name} {getattr(self, name):g}: must lie in [0, 1]")
+        for name, low, high in (
+            ("epsilon", 0, 1), ("owl_lambda", 0, 1), ("dlp_alpha", 0, 1), ("lsa_alpha", 0, 1), ("ramp_beta", -1, 1),
+            ("asymmetry", 0, 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value == AUTO:
+                continue
+            if not isinstance(value, (int, float)):
+                raise RunError(f"--{name}: '{value}' is neither a number nor {AUTO}")
+            if not low <= value <= high:
+                raise RunError(f"--{name} {value:g}: must lie in [{low}, {high}]")
         if not self.owl_m > 0:
             raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
-        if not -1 <= self.ramp_beta <= 1:
-            raise RunError(f"--ramp_beta {self.ramp_beta:g}: must lie in [-1, 1]")
         for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -163,6 +171,9 @@ class RunConfig:
             raise RunError(f"--use_variant: --prune_method {self.prune_method} has no variant; only {known} has")
         if self.use_variant and self.sparsity_type != "unstructured":
             raise RunError(f"--use_variant: is not defined for --sparsity_type {self.sparsity_type}")
+        if self.asymmetry and PRUNERS[self.pruner].needs != "gram":
+            known = ", ".join(name for name in PRUNERS if PRUNERS[name].needs == "gram")
+            raise RunError(f"--asymmetry {self.asymmetry:g}: is for {known}; {self.pruner} does not change weights")
         if self.eval_dense and not self.eval_wikitext:
             raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
 
@@ -181,11 +192,19 @@ class RunConfig:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the pruner or the allocation reads activations."""
-        return {PRUNERS[self.pruner].needs, ALLOCATIONS[self.allocation].needs} != {"nothing"}
+        """Whether the pruner, the allocation or the recovery reads activations."""
+        needs = {PRUNERS[self.pruner].needs, ALLOCATIONS[self.allocation].needs}
+        return needs != {"nothing"} or self.recover != "none" or self.held_out > 0
 
     @property
-    def options(self) -> dict[str, float]:
+    def held_out(self) -> int:
+        """Calibration windows beside --nsamples on which the allocation is chosen: a quarter of it, or none."""
+        allocation = ALLOCATIONS[self.allocation]
+        chosen = allocation.measured or AUTO in [self.options[name] for name in allocation.options]
+        return -(-self.nsamples // 4) if chosen else 0
+
+    @property
+    def options(self) -> dict[str, float | str]:
         """The parameters of all allocations."""
         return {name: getattr(self, name) for entry in ALLOCATIONS for name in ALLOCATIONS[entry].options}
 
@@ -250,7 +269,12 @@ class RunConfig:
         if self.scored:
             parts += self.ww_metric
         for name in ALLOCATIONS[self.allocation].options:
-            parts.append(f"{'eps' if name == 'epsilon' else name}{getattr(self, name):g}")
+            value = getattr(self, name)
+            parts.append(f"{'eps' if name == 'epsilon' else name}{value if value == AUTO else format(value, 'g')}")
+        if self.asymmetry:
+            parts.append(f"asymmetry{self.asymmetry:g}")
+        if self.recover != "none":
+            parts.append(f"recover_{self.recover}")
         return "-".join([*parts, f"seed{self.seed}", digest])
 
 

@@ -3,6 +3,7 @@
 The protocols are those of GPTQ, SparseGPT, Wanda and AlphaPruning, so that perplexities compare with theirs.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from .errors import RunError
 from .registry import unknown_name
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+DRAWS = 10_000  # tries to find room for the windows held out
 C4_MISSES = 10_000  # documents in a row that may be too short before c4 is given up
 
 
@@ -28,23 +30,42 @@ class Corpus:
     by_document: bool = False  # calibration windows each from a document of its own
 
 
-def calibration_windows(name: str, tokenizer, *, nsamples: int, seqlen: int, seed: int) -> Tensor:
-    """`nsamples` windows of `seqlen` tokens cut at random from a corpus; (nsamples, seqlen), int64.
+def calibration_windows(name: str, tokenizer, *, nsamples: int, seqlen: int, seed: int, held_out: int = 0) -> Tensor:
+    """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out, seqlen), int64.
 
     The corpus is joined with a space and tokenised once; window k begins at the k-th
     randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
-    document that is longer than it. Raises RunError where the corpus is too short.
+    document that is longer than it. The last `held_out` are drawn after the others, and again until they have no token
+    in common with any. Raises RunError where the corpus is too short.
     """
     corpus, rng = find_corpus("--calib_data", name), random.Random(seed)
     rows = _read("--calib_data", name, corpus, "calibration")
     if corpus.by_document:
-        windows = [_window_of_long_document(rows, tokenizer, seqlen, rng) for _ in range(nsamples)]
-        return torch.stack(windows)
-    tokens = _tokenize(tokenizer, corpus.calibration_join.join(rows))
-    if len(tokens) <= seqlen:
-        raise RunError(f"--calib_data {name}: has {len(tokens)} tokens, not more than one window of --seqlen {seqlen}")
-    starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+        draw = functools.partial(_in_long_document, rows, tokenizer, seqlen, rng)
+    else:
+        tokens = _tokenize(tokenizer, corpus.calibration_join.join(rows))
+        if len(tokens) <= seqlen:
+            raise RunError(
+                f"--calib_data {name}: has {len(tokens)} tokens, not more than one window of --seqlen {seqlen}"
+            )
+
+        def draw() -> tuple[int, int, Tensor]:
+            start = rng.randint(0, len(tokens) - seqlen - 1)
+            return 0, start, tokens[start : start + seqlen]
+
+    drawn = [draw() for _ in range(nsamples)]
+    for _ in range(DRAWS):
+        if len(drawn) == nsamples + held_out:
+            break
+        document, start, window = draw()
+        if all(document != other or abs(start - begin) >= seqlen for other, begin, _ in drawn):
+            drawn.append((document, start, window))
+    else:
+        raise RunError(
+            f"--calib_data {name}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
+            "the choice of an allocation needs; ask for fewer, or give more text"
+        )
+    return torch.stack([window for _, _, window in drawn])
 
 
 def evaluation_windows(name: str, tokenizer, *, seqlen: int, limit: int | None = None) -> Tensor:
@@ -150,12 +171,14 @@ def _tokenize(tokenizer, text: str) -> Tensor:
     return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
 
 
-def _window_of_long_document(rows: list[str], tokenizer, seqlen: int, rng: random.Random) -> Tensor:
+def _in_long_document(rows: list[str], tokenizer, seqlen: int, rng: random.Random) -> tuple[int, int, Tensor]:
+    """A random window: its document, where in it the window begins, and its tokens."""
     for _ in range(C4_MISSES):
-        tokens = _tokenize(tokenizer, rows[rng.randint(0, len(rows) - 1)])
+        document = rng.randint(0, len(rows) - 1)
+        tokens = _tokenize(tokenizer, rows[document])
         if len(tokens) > seqlen:
             start = rng.randint(0, len(tokens) - seqlen - 1)
-            return tokens[start : start + seqlen]
+            return document, start, tokens[start : start + seqlen]
     raise RunError(f"--calib_data c4: none of {C4_MISSES} documents is longer than --seqlen {seqlen}")
 
 

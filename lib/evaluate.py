@@ -11,7 +11,7 @@ from .activations import Store
 from .errors import RunError
 from .model import LanguageModel
 from .progress import progress
-from .sequential import last_hidden_states
+from .stream import last_hidden_states
 
 LOGITS_AT_ONCE = 2**23  # elements: 32 MiB of float32
 

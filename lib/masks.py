@@ -55,6 +55,11 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
         ordered = scores.sort(dim=1).values
         limit = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])
         limit = torch.where(counts[:, None] > 0, limit, -torch.inf)
+    return _up_to(limit, scores, counts)
+
+
+def _up_to(limit: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
+    """Mask of `counts` (rows,) scores of each row that are at most the row's limit (rows, 1), the counts-th lowest."""
     mask = scores <= limit
     if bool((mask.sum(1) == counts).all()):
         return mask
@@ -67,6 +72,32 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
 def lowest_of_matrix(scores: Tensor, sparsity: float) -> Tensor:
     """Mask of the round(sparsity * size) lowest scores of the whole matrix."""
     return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view_as(scores)
+
+
+class LowestOfMatrix:
+    """`lowest_of_matrix` again and again, for scores that change little from call to call.
+
+    The limit is first looked for within NEAR of the last one, among few scores: a fourth of the time.
+    """
+
+    NEAR = 1.2
+
+    def __init__(self):
+        self._last: Tensor | None = None
+
+    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
+        flat, count = scores.reshape(1, -1), round(sparsity * scores.numel())
+        if count == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        limit = None
+        if self._last is not None:
+            below = flat < self._last / self.NEAR
+            near = flat[(flat <= self._last * self.NEAR) & ~below]
+            rank = count - int(below.sum())
+            limit = near.kthvalue(rank).values if 1 <= rank <= len(near) else None
+        self._last = flat.kthvalue(count).values[0] if limit is None else limit
+        counts = torch.tensor([count], device=scores.device)
+        return _up_to(self._last.view(1, 1), flat, counts).view_as(scores)
 
 
 def lowest_of_rows(scores: Tensor, sparsity: float) -> Tensor:

@@ -108,8 +108,10 @@ class LanguageModel:
         yield
 
     @contextmanager
-    def resident_block(self, index: int):
-        """While the block `index` is run or changed; likewise."""
+    def resident_block(self, index: int, original: bool = False):
+        """While the block `index` is run or changed; likewise. A block that was replaced is read as it was before
+        where `original` asks for it.
+        """
         yield
 
     @contextmanager

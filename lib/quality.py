@@ -155,11 +155,11 @@ def allocation_scores(
     """
     own, whole = {}, {}
     by_block = allocation.granular and mapping != "layer_wise"
-    for block, matrices, stats in walk(model, windows, allocation.needs, **walking):
-        read = [(matrix.weight, stats.get(matrix.name)) for matrix in matrices]
+    for step in walk(model, windows, allocation.needs, **walking):
+        read = [(matrix.weight, step.stats.get(matrix.name)) for matrix in step.matrices]
         if by_block and read:
-            whole[block] = allocation.score(read, options)
-        for matrix, one in zip(matrices, read, strict=True):
+            whole[step.block] = allocation.score(read, options)
+        for matrix, one in zip(step.matrices, read, strict=True):
             alone = not by_block or mapping == "mixed"
-            own[matrix.name] = allocation.score([one], options) if alone else whole[block]
+            own[matrix.name] = allocation.score([one], options) if alone else whole[step.block]
     return own, whole

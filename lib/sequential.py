@@ -1,29 +1,26 @@
-"""The one loop over blocks: capture, collect, hand over, propagate (METHODS: Wanda, SparseGPT, sequentially).
+"""The one loop over blocks: collect, hand over, propagate (METHODS: Wanda, SparseGPT, sequentially)."""
 
-Every block is called with exactly the arguments the model itself passed to it, captured once for each batch.
-"""
-
+import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ranks
-from .activations import Activations, Store
-from .collector import Collector, StopForward
+from .activations import Store
 from .errors import RunError
 from .masks import Pattern
-from .model import LanguageModel, Matrix, replaced_forward
+from .model import LanguageModel, Matrix
 from .progress import progress
 from .pruners import PRUNERS, Pruner
+from .pruners.asymmetry import aim
+from .recovery import recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
+from .stream import Stream
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 16
 
 
 def prune_model(
@@ -39,18 +36,28 @@ def prune_model(
     store: Store | None = None,
     done: int = 0,
     commit: Callable[[int, dict[str, InputStats], list[dict]], None] | None = None,
+    asymmetry: float = 0.0,
+    recovery: bool = False,
 ) -> None:
     """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
 
     windows (nsamples, seqlen) token ids, of which each rank takes its share; not read by a pruner that needs nothing
     of its input. Retries and fallbacks are appended to `events`. The first `done` blocks are pruned already and only
-    run through; `commit(block, statistics, events)` is called when one more is. Raises RunError with the matrix's name
-    for NaN or infinity.
+    run through; `commit(block, statistics, events)` is called when one more is. With `asymmetry` every matrix is first
+    aimed at that part of the way to the dense model's output (lib/pruners/asymmetry.py); with `recovery` the weights
+    that every block has left are trained towards the dense block's output (lib/recovery.py). Raises RunError with the
+    matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
     needs = pruner.needs if any(targets.values()) else "nothing"
-    blocks = walk(model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done)
-    for block, matrices, stats in blocks:
+    if recovery and needs == "nothing" and any(targets.values()):
+        needs = "diagonal"
+    steps = walk(
+        model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
+        cross=asymmetry > 0, dense=recovery or asymmetry > 0,
+    )  # fmt: skip
+    for step in steps:
+        block, matrices, stats = step.block, step.matrices, step.stats
         share = sum(targets[m.name] * m.size for m in matrices) / max(1, sum(m.size for m in matrices))
         log.info("block %d of %d: pruning %d matrices to %.4f", block + 1, len(model.blocks), len(matrices), share)
         found: list[dict] = []
@@ -58,9 +65,13 @@ def prune_model(
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
                 if owner == ranks.rank() and targets[matrix.name] > 0:
-                    _prune_matrix(matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, found)
+                    target = targets[matrix.name]
+                    _prune_matrix(matrix, pruner, stats.get(matrix.name), target, pattern, asymmetry, found)
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))
+        if recovery and step.dense is not None:
+            with clock("recover"):
+                recover(matrices, functools.partial(step.stream.output, block), step.dense.hidden)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
         events += found
         if commit is not None:
@@ -79,7 +90,13 @@ def _owners(matrices: list[Matrix], stats: dict[str, InputStats]) -> list[int]:
 
 
 def _prune_matrix(
-    matrix: Matrix, pruner: Pruner, stats: InputStats | None, target: float, pattern: Pattern, events: list[dict]
+    matrix: Matrix,
+    pruner: Pruner,
+    stats: InputStats | None,
+    target: float,
+    pattern: Pattern,
+    asymmetry: float,
+    events: list[dict],
 ) -> None:
     def note(message: str) -> None:
         log.warning("%s: %s", matrix.name, message)
@@ -91,7 +108,10 @@ def _prune_matrix(
         note("saw no calibration token; pruned by magnitude")
         pruner = PRUNERS["magnitude"]
     try:
-        weight = pruner.prune(matrix.weight, stats, target, pattern)
+        weight = matrix.weight
+        if asymmetry and stats is not None:
+            weight = aim(weight, stats, asymmetry)
+        weight = pruner.prune(weight, stats, target, pattern)
     except RunError as error:
         raise RunError(f"{matrix.name}: {error}") from error
     finally:
@@ -100,6 +120,22 @@ def _prune_matrix(
     if not weight.isfinite().all():
         raise RunError(f"{matrix.name}: holds NaN or infinity after pruning; try --dtype float32 or bfloat16")
     matrix.write(weight)
+
+
+@dataclass
+class Step:
+    """One block's turn: it is resident, and its weights may be changed.
+
+    stats   of its matrices' inputs, by name; a matrix that saw no token on any rank has none
+    stream  the calibration windows, about to enter the block; None where no token is run
+    dense   the same windows in the dense model, just past the block; None where nobody asked
+    """
+
+    block: int
+    matrices: list[Matrix]
+    stats: dict[str, InputStats]
+    stream: Stream | None = None
+    dense: Stream | None = None
 
 
 def walk(
@@ -111,36 +147,45 @@ def walk(
     clock: Stopwatch | None = None,
     store: Store | None = None,
     done: int = 0,
-) -> Iterator[tuple[int, list[Matrix], dict[str, InputStats]]]:
-    """Yield (block, its matrices, statistics of their inputs by name), from the block `done` to the last.
+    dense: bool = False,
+    cross: bool = False,
+) -> Iterator[Step]:
+    """Yield a step for each block from `done` to the last; what one changes, the next one's inputs come from.
 
-    Whoever iterates may change the block's weights; the next block's inputs come from the changed block. The blocks
-    before `done` are run through as they are. A matrix that saw no token on any rank has no statistics. With needs
-    "nothing" no token is run and none has any.
+    The blocks before `done` are run through as they are. With needs "nothing" no token is run. With `dense` the
+    windows also go through the unchanged blocks, and with `cross` the statistics hold how the two belong together.
     """
     clock = clock or Stopwatch()
-    stream = None
+    stream = beside = None
     if needs != "nothing":
         with clock("calibrate"):
             stream = Stream(model, ranks.mine(windows), batch_size, store)
+            beside = stream.copy() if dense else None
     with progress(range(0 if stream else done, len(model.blocks)), "blocks", "block") as bar:
         for block in bar:
+            if block < done and beside is not None:
+                with model.resident_block(block, original=True), clock("calibrate"), clock("dense"):
+                    beside.advance(block)
             with model.resident_block(block):
                 if block >= done:
                     matrices, stats = model.matrices_of(block), {}
                     if stream is not None:
                         bar.set_description("statistics")
                         with clock("calibrate"), clock("statistics"):
-                            stats = _over_ranks(stream.collect(block, matrices, needs), matrices, needs)
+                            found = stream.collect(block, matrices, needs, beside if cross else None)
+                            stats = _over_ranks(found, matrices, needs, cross)
+                    if beside is not None and not cross:
+                        with clock("calibrate"), clock("dense"):
+                            beside.advance(block)
                     bar.set_description("pruning")
-                    yield block, matrices, stats
+                    yield Step(block, matrices, stats, stream, beside)
                 if stream is not None and block + 1 < len(model.blocks):
                     bar.set_description("propagation")
                     with clock("calibrate"), clock("propagation"):
                         stream.advance(block)
 
 
-def _over_ranks(stats: dict[str, InputStats], matrices: list[Matrix], needs: str) -> dict[str, InputStats]:
+def _over_ranks(stats: dict[str, InputStats], matrices: list[Matrix], needs: str, cross: bool) -> dict[str, InputStats]:
     """The statistics summed over the ranks, each of which saw its own windows."""
     if ranks.size() == 1:
         return stats
@@ -154,173 +199,7 @@ def _over_ranks(stats: dict[str, InputStats], matrices: list[Matrix], needs: str
     summed = {}
     for names in together:
         matrix = matrix_of[names[0]]
-        one = stats.get(names[0]) or InputStats.empty(needs, matrix.shape[1], matrix.weight.device)
+        one = stats.get(names[0]) or InputStats.empty(needs, matrix.shape[1], matrix.weight.device, cross)
         one.add_up(ranks.add_up)
         summed |= dict.fromkeys(names, one)
     return summed
-
-
-class Stream:
-    """The calibration windows on their way through the blocks: one hidden state a batch, updated in place.
-
-    Making one checks, on a few tokens, that the blocks called one by one give what the model's own forward
-    gives, and raises RunError for a model of which that is not true.
-    """
-
-    def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None):
-        self.model, self._windows = model, windows.split(batch_size)
-        self._check(windows[:1, :PROBE_TOKENS])
-        self.hidden = Activations(model.device, len(windows), store)
-        self.calls: list[list[tuple[tuple, dict]]] = []  # [batch][block] -> arguments beside the hidden state
-        for batch in self._windows:
-            hidden, calls = self._capture(batch)
-            self.hidden.append(hidden)
-            self.calls.append(_share(calls, self.calls[0]) if self.calls else calls)
-
-    @torch.no_grad()
-    def _check(self, tokens: Tensor) -> None:
-        """Run the model on a few tokens, watch each block, and compare with what `_capture` and `advance` rely on.
-
-        Each block must read the very output of the one before it, and get the arguments that a captured call has.
-        Keeps the part of each block's output that is not its hidden state.
-        """
-        inputs: list[Tensor] = []  # of each block: hidden state in, other arguments, whole output
-        given: list[tuple[tuple, dict]] = []
-        outputs: list = []
-
-        def before(_module, args, kwargs):
-            hidden, call = _split(args, kwargs)
-            inputs.append(hidden)
-            given.append(call)
-
-        with ExitStack() as stack:
-            for index, block in enumerate(self.model.blocks):
-                stack.enter_context(self.model.resident_in_forward(index))
-                # Outside of hooks that others set: these are part of the block.
-                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-                stack.callback(block.register_forward_hook(lambda _m, _a, out: outputs.append(out)).remove)
-            self.model.hidden_states(tokens)
-        self._tails = [out[1:] if isinstance(out, tuple) else None for out in outputs]
-        if len(outputs) == len(self.model.blocks):
-            first, calls = self._capture(tokens)
-            if _same(calls, given) and _same(inputs, [first, *map(_hidden_of, outputs[:-1])]):
-                return
-        raise RunError(
-            f"--model {self.model.name}: {type(self.model.model).__name__} cannot be pruned block by block: its "
-            "blocks called one after the other do not give what the whole model gives; prune it with magnitude"
-        )
-
-    @torch.no_grad()
-    def _capture(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-        """The first block's input and every block's other arguments, each block passing its input through."""
-        first: list[Tensor] = []
-        calls: list[tuple[tuple, dict]] = []
-
-        def recorder(tail):
-            def forward(*args, **kwargs):
-                hidden, call = _split(args, kwargs)
-                if not first:
-                    first.append(hidden)
-                calls.append(call)
-                if len(calls) == len(self.model.blocks):
-                    raise StopForward
-                return hidden if tail is None else (hidden, *tail)
-
-            return forward
-
-        with ExitStack() as stack:
-            for block, tail in zip(self.model.blocks, self._tails, strict=True):
-                stack.enter_context(replaced_forward(block, recorder(tail)))
-            with suppress(StopForward):
-                self.model.hidden_states(tokens)
-        return first[0], calls
-
-    @torch.no_grad()
-    def collect(self, block: int, matrices: list[Matrix], needs: str) -> dict[str, InputStats]:
-        """Run every batch through the block as it stands and return its inputs' statistics by matrix name."""
-        collector = Collector(matrices, needs)
-        module = self.model.blocks[block]
-        for hidden, calls in zip(self.hidden, self.calls, strict=True):
-            with collector.batch(module):
-                _call(module, hidden, calls[block])
-        return collector.finish()
-
-    @torch.no_grad()
-    def advance(self, block: int) -> None:
-        """Replace every batch's hidden state by the block's output."""
-        for i, hidden in enumerate(self.hidden):
-            self.hidden[i] = _hidden_of(_call(self.model.blocks[block], hidden, self.calls[i][block]))
-
-    @torch.no_grad()
-    def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch's tokens (B, S) and last hidden state (B, S, d), once it went through every block."""
-        for tokens, hidden in zip(self._windows, self.hidden, strict=True):
-            with ExitStack() as stack:
-                for block, tail in zip(self.model.blocks, self._tails, strict=True):
-                    output = hidden if tail is None else (hidden, *tail)
-                    stack.enter_context(replaced_forward(block, lambda *_a, output=output, **_k: output))
-                last = self.model.hidden_states(tokens)
-            yield tokens, last
-
-
-def last_hidden_states(
-    model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of windows (B, S) and their last hidden states (B, S, d), after the final norm.
-
-    Of a model in memory batch by batch; of one that is not, all batches through one block, then through the next.
-    """
-    if not model.streamed:
-        for batch in windows.split(batch_size):
-            yield batch, model.hidden_states(batch)
-        return
-    stream = Stream(model, windows, batch_size, store)
-    for block in progress(range(len(model.blocks)), "evaluation", "block"):
-        with model.resident_block(block):
-            stream.advance(block)
-    yield from stream.finish()
-
-
-def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:
-    """A block's call as its hidden state and the rest."""
-    kwargs = dict(kwargs)
-    hidden = args[0] if args else kwargs.pop("hidden_states")
-    return hidden, (args[1:], kwargs)
-
-
-def _call(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]):
-    args, kwargs = call
-    return block(hidden, *args, **kwargs)
-
-
-def _hidden_of(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _share(new, old):
-    """`new` with every tensor that equals its counterpart in `old` replaced by it: batches share their masks."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
-        return old if same else new
-    if type(new) is not type(old):
-        return new
-    if isinstance(new, dict):
-        return {key: _share(value, old.get(key)) for key, value in new.items()}
-    if type(new) in (list, tuple) and len(new) == len(old):
-        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
-    return new
-
-
-def _same(one, other) -> bool:
-    """Whether two calls' arguments are the same, tensor by tensor; of other objects only the kind is compared."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.shape != other.shape:
-            return False
-        return torch.allclose(one, other.to(one.device, one.dtype), rtol=0, atol=0, equal_nan=True)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one == other if isinstance(one, (bool, int, float, str)) else True

@@ -139,8 +139,9 @@ class ShardedModel(LanguageModel):
         self._replaced |= dict.fromkeys(blocks, Shards(self.model, files, self.name))
 
     @contextmanager
-    def _resident(self, block: int, names: list[str]):
-        self._replaced.get(block, self._shards).read(names, self._device)
+    def _resident(self, block: int, names: list[str], original: bool = False):
+        shards = self._shards if original else self._replaced.get(block, self._shards)
+        shards.read(names, self._device)
         try:
             yield
         finally:
@@ -153,8 +154,8 @@ class ShardedModel(LanguageModel):
             yield
 
     @contextmanager
-    def resident_block(self, index: int):
-        with self._resident(index, self._inside[index]):
+    def resident_block(self, index: int, original: bool = False):
+        with self._resident(index, self._inside[index], original):
             yield
 
     @contextmanager

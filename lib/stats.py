@@ -15,36 +15,43 @@ class InputStats:
     tokens       rows of X seen so far
     sum_squares  (in,)     diagonal of X^T X
     gram         (in, in)  X^T X, only where `needs` is "gram"; else None
+    cross        (in, in)  X_d^T X, X_d what the dense model reads for the same tokens, only where asked for; else None
+    paired       rows of X that came with their X_d
 
     One object serves every matrix that reads the tensor, and so does all that is derived from it.
     """
 
-    def __init__(self, needs: str):
+    def __init__(self, needs: str, cross: bool = False):
         if needs not in NEEDS[1:]:
             raise ValueError(f"needs must be one of {NEEDS[1:]}, not {needs!r}")
         self.needs = needs
         self.tokens = 0
         self.sum_squares: Tensor | None = None
         self.gram: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.paired = 0
+        self._wants_cross = cross
         self.events: list[str] = []  # retries and fallbacks met while using these statistics
         self._derived: dict[Callable, object] = {}
 
     @classmethod
-    def empty(cls, needs: str, columns: int, device: torch.device) -> "InputStats":
+    def empty(cls, needs: str, columns: int, device: torch.device, cross: bool = False) -> "InputStats":
         """Of an input of that width which no token has reached."""
-        stats = cls(needs)
+        stats = cls(needs, cross)
         stats.add(torch.empty(0, columns, device=device))
         return stats
 
     def add_up(self, over_ranks: Callable[[Tensor], None]) -> None:
         """Replace every sum by `over_ranks` of it (in place)."""
-        tokens = torch.tensor([float(self.tokens)], dtype=torch.float64)
+        tokens = torch.tensor([self.tokens, self.paired], dtype=torch.float64)
         over_ranks(tokens)
-        self.tokens = int(tokens)
+        self.tokens, self.paired = map(int, tokens)
         over_ranks(self.sum_squares if self.gram is None else self.gram)
+        if self.cross is not None:
+            over_ranks(self.cross)
 
-    def add(self, x: Tensor) -> None:
-        """Add the tokens x (..., in)."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add the tokens x (..., in), and what the dense model reads for them."""
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
         self.tokens += x.shape[0]
         if self.needs == "gram":
@@ -52,6 +59,12 @@ class InputStats:
                 self.gram = x.new_zeros(x.shape[1], x.shape[1])
             add_gram(self.gram, x)
             self.sum_squares = self.gram.diagonal()
+            if self._wants_cross:
+                if self.cross is None:
+                    self.cross = torch.zeros_like(self.gram)
+                if dense is not None:
+                    self.cross.addmm_(dense.reshape(x.shape).float().T, x)
+                    self.paired += x.shape[0]
         else:
             if self.sum_squares is None:
                 self.sum_squares = x.new_zeros(x.shape[1])

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lib import find_source, load_model
 from lib.config import TOKENS_AT_ONCE
 from lib.memory import keep_freed_memory
-from lib.sequential import Stream
+from lib.stream import Stream
 
 
 def timed(function) -> float:

@@ -23,8 +23,9 @@ def problem(scores, sizes=None, sparsity=0.5, epsilon=0.2, mapping="block_wise",
     sizes = sizes or [1] * len(scores)
     blocks = {name: i // per_block for i, name in enumerate(names)}
     return Problem(
-        dict(zip(names, sizes, strict=True)), blocks, sparsity, dict(zip(names, scores, strict=True)), epsilon, mapping
-    )
+        dict(zip(names, sizes, strict=True)), blocks, sparsity, dict(zip(names, scores, strict=True)), mapping,
+        options={"epsilon": epsilon},
+    )  # fmt: skip
 
 
 def mean(solution: dict[str, float], sizes: dict[str, int]) -> float:

@@ -6,7 +6,7 @@ import transformers
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model, save_checkpoint, sparsity_by_matrix
-from lib.sequential import Stream
+from lib.stream import Stream
 
 
 def targets_of(model: LanguageModel) -> dict[str, float]:

@@ -24,7 +24,7 @@ def test_embedded_model_agrees_with_the_published_estimator():
             assert score == pytest.approx(reference[metric][name], rel=1e-3), (metric, name)
         if metric == "alpha_peak":
             sizes, blocks = {m.name: m.size for m in model.matrices}, {m.name: m.block for m in model.matrices}
-            found = allocate("ww", Problem(sizes, blocks, 0.5, scores, 0.2))
+            found = allocate("ww", Problem(sizes, blocks, 0.5, scores, options={"epsilon": 0.2}))
             for key, expected in reference["sparsity_block_wise_alpha_peak_S0.5_eps0.2"].items():
                 block = int(key.split()[1])
                 name = next(m.name for m in model.matrices if m.block == block)

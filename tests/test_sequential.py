@@ -5,8 +5,9 @@ import torch
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, prune_model
-from lib.sequential import Stream, walk
+from lib.sequential import walk
 from lib.stats import InputStats
+from lib.stream import Stream
 
 
 def inputs_by_hook(hf, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -31,9 +32,9 @@ def test_statistics_are_those_of_the_plain_forward(architecture, batch_size):
     hf, tokens = tiny_model(architecture), tiny_tokens()
     model = LanguageModel(hf)
     expected = inputs_by_hook(hf, tokens, [m.name for m in model.matrices])
-    for _, matrices, stats in walk(model, tokens, "gram", batch_size=batch_size):
-        for matrix in matrices:
-            x, found = expected[matrix.name], stats[matrix.name]
+    for step in walk(model, tokens, "gram", batch_size=batch_size):
+        for matrix in step.matrices:
+            x, found = expected[matrix.name], step.stats[matrix.name]
             assert found.tokens == len(x) == tokens.numel()
             torch.testing.assert_close(found.gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(found.sum_squares.double(), x.square().sum(0), rtol=1e-4, atol=1e-3)
@@ -42,7 +43,8 @@ def test_statistics_are_those_of_the_plain_forward(architecture, batch_size):
 def test_the_next_block_sees_the_pruned_one():
     hf, tokens = tiny_model("llama"), tiny_tokens()
     model = LanguageModel(hf)
-    for block, matrices, stats in walk(model, tokens, "diagonal", batch_size=4):
+    for step in walk(model, tokens, "diagonal", batch_size=4):
+        block, matrices, stats = step.block, step.matrices, step.stats
         # By now every earlier block is zeroed and this one is dense: so is the plain forward's.
         expected = inputs_by_hook(hf, tokens, [m.name for m in matrices])
         for matrix in matrices:
@@ -56,8 +58,9 @@ def test_the_next_block_sees_the_pruned_one():
 def test_readers_of_one_tensor_share_its_statistics(monkeypatch):
     model, added = LanguageModel(tiny_model("llama")), []
     original = InputStats.add
-    monkeypatch.setattr(InputStats, "add", lambda self, x: (added.append(x.shape), original(self, x)))
-    _, matrices, stats = next(walk(model, tiny_tokens(6), "diagonal", batch_size=3))
+    monkeypatch.setattr(InputStats, "add", lambda self, x, _=None: (added.append(x.shape), original(self, x)))
+    step = next(walk(model, tiny_tokens(6), "diagonal", batch_size=3))
+    matrices, stats = step.matrices, step.stats
     by_kind = {matrix.name.rpartition(".")[2]: stats[matrix.name] for matrix in matrices}
     assert by_kind["q_proj"] is by_kind["k_proj"] is by_kind["v_proj"]
     assert by_kind["gate_proj"] is by_kind["up_proj"]
@@ -72,7 +75,8 @@ def test_experts_see_only_the_tokens_routed_to_them():
     with torch.no_grad():
         hf(tokens, use_cache=False)
     hidden, chosen = routed[0][0].double(), routed[0][1]
-    _, matrices, stats = next(walk(model, tokens, "gram", batch_size=len(tokens)))
+    step = next(walk(model, tokens, "gram", batch_size=len(tokens)))
+    matrices, stats = step.matrices, step.stats
     for matrix in (m for m in matrices if m.expert is not None):
         x = torch.stack([hidden[t] for t in range(len(hidden)) if matrix.expert in chosen[t].tolist()])
         if matrix.parameter == "down_proj":

@@ -21,18 +21,16 @@ class Problem:
     sparsity      the share of all weights to prune, S
     scores        of each matrix: layer quality, larger for matrices that can lose more, or what the allocation's own
                   `score` says of it; empty where it reads none
-    epsilon       half the range of the pruning ratios around 1 (`ww`)
     mapping       one of MAPPINGS: where the sparsities may differ
     block_scores  of each block as a whole; where empty, the mean over its matrices
     shapes        (out, in) of each matrix (`er`)
-    options       the other allocations' parameters by their flags' names
+    options       the allocations' parameters by their flags' names
     """
 
     sizes: Mapping[str, int]
     blocks: Mapping[str, int]
     sparsity: float
     scores: Mapping[str, float]
-    epsilon: float = 0.2
     mapping: str = "block_wise"
     block_scores: Mapping[int, float] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -62,7 +60,8 @@ class Allocation:
     needs_scores  whether it reads the scores of --WW_metric
     score         or a score of its own, of the dense model's weights and inputs
     needs         what of the inputs that score reads (lib/stats.py)
-    options       the flags that are its parameters
+    options       the flags that are its parameters; the first is the one that `auto` chooses
+    measured      whether its scores come from pruning the model on trial (lib/search.py)
     granular      whether --mapping_type matters: it goes through `by_mapping`
     """
 
@@ -71,6 +70,7 @@ class Allocation:
     score: Score | None = None
     needs: str = "nothing"
     options: tuple[str, ...] = ()
+    measured: bool = False
     granular: bool = False
 
 

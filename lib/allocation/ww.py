@@ -9,11 +9,10 @@ from .base import Problem, allocation, by_mapping
 def ww(problem: Problem) -> dict[str, float]:
     """r_k = 1 - eps + 2 eps (q_k - min q) / (max q - min q), scaled to the budget."""
 
+    epsilon = problem.options["epsilon"]
+
     def ratios(scores: Mapping[str, float], _sparsity: float) -> dict[str, float]:
         low, high = min(scores.values()), max(scores.values())
-        return {
-            name: 1 - problem.epsilon + 2 * problem.epsilon * (score - low) / (high - low)
-            for name, score in scores.items()
-        }
+        return {name: 1 - epsilon + 2 * epsilon * (score - low) / (high - low) for name, score in scores.items()}
 
     return by_mapping(problem, ratios)

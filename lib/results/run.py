@@ -84,16 +84,19 @@ def build_record(
     perplexity: dict | None,
     seconds: dict[str, float],
     events: list[dict],
+    search: dict | None = None,
 ) -> dict:
     """The contents of run.json.
 
-    `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}.
+    `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}. `search` is what was
+    tried for the allocation on windows held out.
     """
     return {
         "run": config.run_name,
         "config": {flag: list(value) if isinstance(value, tuple) else value for flag, value in asdict(config).items()},
         "model": model,
         "sparsity": None if config.analyze_only else _sparsity(config, layers),
+        "search": search,
         "perplexity": perplexity,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),

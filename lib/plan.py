@@ -1,0 +1,69 @@
+"""From flags to a sparsity for every matrix: what the allocation reads is measured, and its parameter chosen."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from .activations import Store
+from .allocation import ALLOCATIONS, Problem, allocate
+from .config import AUTO, RunConfig
+from .errors import RunError
+from .metrics import METRICS
+from .model import LanguageModel
+from .quality import allocation_scores
+from .trials import Trials
+
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # of a parameter's default, that `auto` tries
+
+
+def plan(
+    config: RunConfig,
+    model: LanguageModel,
+    metrics: Mapping[str, Mapping[str, float]],
+    calibration: Tensor | None,
+    held_out: Tensor | None = None,
+    *,
+    prune: Callable[[Mapping[str, float], Tensor], None] | None = None,
+    batch_size: int = 1,
+    store: Store | None = None,
+    remember: Callable[[str, Callable], object] = lambda _, measure: measure(),
+) -> dict:
+    """What the run will do to each matrix, ready for JSON: `targets` {name: sparsity}, `scores` {name: what the
+    allocation read}, `search` (what was tried and what it cost, or None) and `events`.
+
+    metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, and `prune(targets,
+    windows)` prunes the model on trial; both are read where something is to be chosen (lib/trials.py).
+    `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
+    """
+    allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
+    own, of_blocks, search = {}, {}, None
+    if config.scored:
+        metric = config.ww_metric[0]
+        own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
+    elif allocation.score:
+        own, of_blocks = remember(
+            f"{config.allocation} {config.mapping_type} {config.owl_m:g}",
+            lambda: allocation_scores(
+                model, allocation, calibration, config.options, config.mapping_type, batch_size=batch_size, store=store
+            ),
+        )
+    problem = Problem(
+        sizes={matrix.name: matrix.size for matrix in model.matrices},
+        blocks={matrix.name: matrix.block for matrix in model.matrices},
+        shapes={matrix.name: matrix.shape for matrix in model.matrices},
+        sparsity=config.sparsity, mapping=config.mapping_type, options=options, scores=own, block_scores=of_blocks,
+    )  # fmt: skip
+
+    name = next(iter(allocation.options), None)
+    if name and options[name] == AUTO:
+        default, candidates = getattr(RunConfig, name), {}
+        for value in (round(factor * default, 6) for factor in FACTORS):
+            with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
+                at_value = replace(problem, options=options | {name: value})
+                candidates[value] = allocate(config.allocation, at_value, config.pattern.group)
+        search = Trials(model, prune, calibration, held_out, batch_size).best(name, candidates)
+        options[name] = search["chosen"]
+    targets = allocate(config.allocation, problem, config.pattern.group, events=events)
+    return {"targets": targets, "scores": own if allocation.granular else {}, "search": search, "events": events}

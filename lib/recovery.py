@@ -1,0 +1,72 @@
+"""Block recovery: gradient descent on the weights that a block has left, towards the dense block's output."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from . import ranks
+from .activations import Activations
+from .errors import RunError
+from .model import Matrix
+
+EPOCHS = 4
+WINDOWS = 4  # a step, over all ranks; where one batch holds more, one batch a rank
+RATE = 1e-4  # Adam's, at the start; it falls to zero along a cosine
+SEED = 0
+
+
+def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Activations) -> None:
+    """Train the surviving weights of one block so that `forward(batch)` comes close to `wanted[batch]`, (B, S, d).
+
+    The squared error relative to what is wanted is minimised by Adam in float32, EPOCHS times over the batches. Zeros
+    stay zeros, and nothing of the optimiser outlives the block. Raises RunError where a weight is no longer finite.
+    """
+    batches_a_step = max(1, round(WINDOWS / len(wanted[0]) / ranks.size()))
+    steps = min(ranks.gather(-(-len(wanted) // batches_a_step)))  # the same on every rank
+    scale = sum(float(batch.float().square().mean()) for batch in wanted) / len(wanted)
+    with _trainable(matrices) as (weights, mixed):
+        kept = [weight != 0 for weight in weights]
+        adam = torch.optim.Adam(weights, lr=RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, EPOCHS * steps)
+        for batches in _rounds(len(wanted), steps):
+            for batch in batches:
+                with torch.enable_grad(), mixed():
+                    error = (forward(batch).float() - wanted[batch].float()).square().sum()
+                    (error / scale).backward()
+            for weight, mask in zip(weights, kept, strict=True):
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
+                ranks.add_up(weight.grad)
+            adam.step()
+            adam.zero_grad()
+            schedule.step()
+    for matrix in matrices:
+        if not matrix.weight.isfinite().all():
+            raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; try --dtype float32 or bfloat16")
+
+
+def _rounds(batches: int, steps: int) -> Iterator[list[int]]:
+    """The batches of each step: EPOCHS random orders, each cut into `steps` parts."""
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(EPOCHS):
+        yield from (part.tolist() for part in torch.randperm(batches, generator=generator).tensor_split(steps))
+
+
+@contextmanager
+def _trainable(matrices: list[Matrix]) -> Iterator[tuple[list[nn.Parameter], Callable]]:
+    """The matrices' parameters, in float32 and taking gradients, and the context their forward passes need for that.
+
+    In the end they are rounded to their own type again.
+    """
+    weights = list(dict.fromkeys(getattr(matrix.module, matrix.parameter) for matrix in matrices))
+    dtype, device = weights[0].dtype, weights[0].device.type
+    try:
+        for weight in weights:
+            weight.data = weight.data.float()
+            weight.requires_grad_(True)
+        yield weights, lambda: torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.data, weight.grad = weight.data.to(dtype), None

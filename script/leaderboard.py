@@ -1,0 +1,297 @@
+"""Many methods under one protocol: perplexity, sparsity, seconds and memory of each, as a table, a CSV file and a plot.
+
+    python script/leaderboard.py script/leaderboard.txt --save docs/leaderboard \
+        --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
+
+Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
+rest flags of main.py; what follows `--` are flags of every run. A run is what `main.py` does with these flags; the
+model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in the folder holds
+are not run again, and the files are written anew after each; protocol.txt keeps what all runs there have in common.
+"""
+
+import argparse
+import csv
+import itertools
+import logging
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lib import cli, results
+from lib.analysis import score
+from lib.config import RunConfig
+from lib.data import calibration_windows, evaluation_windows
+from lib.evaluate import perplexity, sparsity_by_matrix
+from lib.load import find_source, load_model, load_tokenizer
+from lib.memory import keep_freed_memory
+from lib.plan import plan
+from lib.pruners import PRUNERS
+from lib.sequential import prune_model
+from lib.stopwatch import Stopwatch
+from lib.trials import kept
+
+log = logging.getLogger("lib.leaderboard")
+
+DENSE = "dense"
+NUMBERS = ("achieved", "allocation_seconds", "pruning_seconds", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class Text:
+    """An evaluation text under a short name: `[name=]data[:windows]`."""
+
+    name: str
+    data: str
+    windows: int | None
+
+    @classmethod
+    def parse(cls, given: str) -> "Text":
+        name, _, rest = given.rpartition("=")
+        data, _, windows = rest.rpartition(":") if rest.rpartition(":")[2].isdigit() else (rest, "", "")
+        return cls(name or Path(data).stem, data, int(windows) if windows else None)
+
+    @property
+    def column(self) -> str:
+        return f"perplexity_{self.name}"
+
+
+def entries(path: Path, common: list[str]) -> Iterator[RunConfig]:
+    """A RunConfig for each run that the list asks for, in order and each once."""
+    known = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        pruners, allocations, sparsities, seeds = (word.split(",") for word in words[:4])
+        for sparsity, seed, pruner, allocation in itertools.product(sparsities, seeds, pruners, allocations):
+            method = pruner if allocation == "uniform" else f"{pruner}_{allocation}"
+            flags = ["--prune_method", method, "--sparsity_ratio", sparsity, "--seed", seed, *words[4:], *common]
+            config = cli.parse([*flags, "--no-eval_wikitext"])
+            if (key := run_key(config)) not in known:
+                known.add(key)
+                yield config
+
+
+def settings(config: RunConfig) -> str:
+    """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
+    return " ".join(
+        f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
+        for name in ("ww_metric", *config.options, "asymmetry", "recover")
+        if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
+    )
+
+
+def run_key(config: RunConfig) -> str:
+    """A run apart from the protocol."""
+    return " ".join(filter(None, [config.prune_method, f"{config.sparsity:g}", f"seed{config.seed}", settings(config)]))
+
+
+class Board:
+    """The runs that are done, kept in a folder as runs.csv, table.md and perplexity.png."""
+
+    def __init__(self, folder: Path, texts: list[Text], common: list[str]):
+        protocol = shlex.join([*common, *(f"{t.name}={t.data}:{t.windows}" for t in texts)]) + "\n"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "protocol.txt").is_file() and (folder / "protocol.txt").read_text() != protocol:
+            raise SystemExit(f"{folder}: holds runs of another protocol (protocol.txt); name another --save")
+        (folder / "protocol.txt").write_text(protocol)
+        self._folder, self._texts = folder, texts
+        self._path = folder / "runs.csv"
+        self._columns = ["run", "method", "settings", "sparsity", "seed", *(t.column for t in texts), *NUMBERS]
+        self._rows: list[dict] = []
+        if self._path.is_file():
+            with self._path.open(encoding="utf-8", newline="") as file:
+                self._rows = list(csv.DictReader(file))
+
+    def __contains__(self, run: str) -> bool:
+        return any(row["run"] == run for row in self._rows)
+
+    def add(self, **row) -> None:
+        """Keep one more run and write the files anew."""
+        self._rows.append({column: str(row.get(column, "")) for column in self._columns})
+        partial = self._path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+        partial.replace(self._path)
+        self.write()
+
+    def _methods(self) -> dict[tuple[float, str, str], list[dict]]:
+        """(sparsity, method, settings) -> its runs over the seeds; by sparsity, best first."""
+        groups: dict[tuple, list[dict]] = {}
+        for row in self._rows:
+            groups.setdefault((float(row["sparsity"]), row["method"], row["settings"]), []).append(row)
+        first = self._texts[0].column
+        ranked = sorted(groups.items(), key=lambda item: (item[0][0], _mean(item[1], first)))
+        return dict(ranked)
+
+    def write(self) -> None:
+        """table.md and perplexity.png from the runs so far."""
+        heads = ["sparsity", "method", *(f"perplexity, {t.name}" for t in self._texts), "seeds", "achieved"]
+        heads += ["allocation, s", "pruning, s", "memory, GB"]
+        lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        for (sparsity, method, extra), rows in self._methods().items():
+            cells = [f"{sparsity:g}", f"`{' '.join(filter(None, [method, extra]))}`"]
+            cells += [_spread(rows, text.column) for text in self._texts]
+            cells += [str(len(rows)), f"{_mean(rows, 'achieved'):.4f}"]
+            cells += [f"{_mean(rows, name):.{0 if 'seconds' in name else 1}f}" for name in NUMBERS[1:]]
+            lines.append(f"| {' | '.join(cells)} |")
+        (self._folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._draw()
+
+    def _draw(self) -> None:
+        """Perplexity against sparsity of every method that was run at more than one, and of the best at each."""
+        from matplotlib.figure import Figure  # takes a second to import
+
+        text, curves = self._texts[0], {}
+        for (sparsity, method, extra), rows in self._methods().items():
+            curves.setdefault(" ".join(filter(None, [method, extra])), []).append((sparsity, rows))
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, points in curves.items():
+            if name == DENSE:
+                axes.axhline(_mean(points[0][1], text.column), color="grey", linestyle=":", label=name)
+            elif len(points) > 1:
+                means = [_mean(rows, text.column) for _, rows in points]
+                low = [mean - min(_values(rows, text.column)) for mean, (_, rows) in zip(means, points, strict=True)]
+                high = [max(_values(rows, text.column)) - mean for mean, (_, rows) in zip(means, points, strict=True)]
+                places = [sparsity for sparsity, _ in points]
+                axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, label=name)
+            else:
+                axes.plot(points[0][0], _mean(points[0][1], text.column), ".", color="lightgrey", zorder=0)
+        axes.set(xlabel="share of zeros", ylabel=f"perplexity, {text.name}", yscale="log")
+        axes.legend(fontsize="small")
+        figure.savefig(self._folder / "perplexity.png", dpi=120)
+
+
+def _values(rows: list[dict], column: str) -> list[float]:
+    return [float(row[column]) for row in rows if row[column]]
+
+
+def _mean(rows: list[dict], column: str) -> float:
+    values = _values(rows, column)
+    return statistics.fmean(values) if values else math.nan
+
+
+def _spread(rows: list[dict], column: str) -> str:
+    """Mean, and with several seeds the standard deviation."""
+    values = _values(rows, column)
+    return f"{_mean(rows, column):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def reset_peak() -> None:
+    """Begin anew with the process's largest resident set (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb() -> float:
+    """The process's largest resident set since then."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+class Runner:
+    """One model in memory, and whatever several runs have in common."""
+
+    def __init__(self, config: RunConfig, texts: list[Text]):
+        self._source = find_source(config.model, config.cache_dir, config.trust_remote_code)
+        self._tokenizer = load_tokenizer(self._source)
+        self._texts = texts
+        self._evaluation = {
+            text.column: evaluation_windows(text.data, self._tokenizer, seqlen=config.seqlen, limit=text.windows)
+            for text in texts
+        }
+        self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
+        self._remembered: dict[tuple, object] = {}
+
+    def _remember(self, *key, measure):
+        if key not in self._remembered:
+            self._remembered[key] = measure()
+        return self._remembered[key]
+
+    def evaluate(self, batch_size: int) -> dict[str, float]:
+        """Perplexity of the model as it stands on every text."""
+        return {
+            column: perplexity(self._model, windows, batch_size=batch_size, what=column)
+            for column, windows in self._evaluation.items()
+        }
+
+    def run(self, config: RunConfig) -> dict:
+        """Allocate, prune, evaluate, and put the weights back; a row of the board."""
+        clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
+        pruner = PRUNERS[config.pruner]
+        windows = self._remember(
+            "windows", config.seed, config.nsamples, config.held_out, config.calib_data,
+            measure=lambda: calibration_windows(
+                config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
+                held_out=config.held_out,
+            ),
+        )  # fmt: skip
+        calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
+
+        def prune_to(targets, windows, **options) -> None:
+            prune_model(
+                self._model, pruner.variant if config.use_variant else pruner, targets, config.pattern, windows,
+                batch_size=batch, asymmetry=config.asymmetry, **options,
+            )  # fmt: skip
+
+        reset_peak()
+        with kept(self._model):
+            with clock("allocate"):
+                metrics = score(config, self._model, clock, events)[0] if config.scored else {}
+                planned = plan(
+                    config, self._model, metrics, calibration, held_out, prune=prune_to, batch_size=batch,
+                    remember=lambda key, measure: self._remember(key, config.seed, config.nsamples, measure=measure),
+                )  # fmt: skip
+            with clock("all of pruning"):
+                prune_to(
+                    planned["targets"], calibration, recovery=config.recover == "block", clock=clock, events=events
+                )
+            found = self.evaluate(batch)
+            layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))
+        for event in events + planned["events"]:
+            log.info("%s: %s", event["matrix"], event["message"])
+        seconds = clock.seconds()
+        sizes = [math.prod(layer["shape"]) for layer in layers]
+        zeros = math.fsum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True))
+        return {
+            "run": run_key(config), "method": config.prune_method, "settings": settings(config),
+            "sparsity": config.sparsity, "seed": config.seed, **{name: f"{value:.4f}" for name, value in found.items()},
+            "achieved": f"{zeros / sum(sizes):.6f}", "allocation_seconds": f"{seconds['allocate']:.1f}",
+            "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": f"{peak_gb():.2f}",
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Run what the list asks for and is not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", type=Path, help="the runs: pruners allocations sparsities seeds [flags] a line")
+    parser.add_argument("--save", type=Path, required=True, help="folder of runs.csv, table.md and perplexity.png")
+    parser.add_argument("--eval_data", nargs="+", required=True, help="texts: [name=]data[:windows]; the first ranks")
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, common = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
+    cli.set_up_logging(quiet=False)
+    keep_freed_memory(cli.KEPT)
+    texts = [Text.parse(given) for given in options.eval_data]
+    board, runner = Board(options.save, texts, common), None
+    for config in entries(options.list, common):
+        if run_key(config) in board:
+            continue
+        log.info("run: %s", run_key(config))
+        runner = runner or Runner(config, texts)
+        if DENSE not in board:
+            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(config.batch(config.seqlen)))
+        board.add(**runner.run(config))
+    if runner is None:
+        board.write()
+
+
+if __name__ == "__main__":
+    main()
