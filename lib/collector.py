@@ -1,6 +1,6 @@
 """The statistics of one block's inputs, gathered from its forward passes."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
@@ -31,15 +31,21 @@ class Collector:
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
-    def reference(self):
-        """While the batch that comes next runs through the same block in the dense model."""
+    def reference(self, twins: dict[nn.Module, nn.Module], whole: bool):
+        """While the batch that comes next runs through the dense model's block; through all of it if `whole`.
+
+        twins are that block's modules by those of this one.
+        """
 
         def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._dense[module] = (*args, *kwargs.values())[0]
+            self._dense[of_twin[module]] = (*args, *kwargs.values())[0]
+            if of_twin[module] is self._last and not whole:
+                raise StopForward
 
         self._dense.clear()
-        with ExitStack() as stack:
-            for module in self._modules:
+        of_twin = {twins[module]: module for module in self._modules}
+        with ExitStack() as stack, suppress(StopForward):
+            for module in of_twin:
                 stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
             yield
 

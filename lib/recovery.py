@@ -20,8 +20,9 @@ SEED = 0
 def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Activations) -> None:
     """Train the surviving weights of one block so that `forward(batch)` comes close to `wanted[batch]`, (B, S, d).
 
-    The squared error relative to what is wanted is minimised by Adam in float32, EPOCHS times over the batches. Zeros
-    stay zeros, and nothing of the optimiser outlives the block. Raises RunError where a weight is no longer finite.
+    The squared error relative to what is wanted is minimised by Adam, EPOCHS times over the batches: weights, gradients
+    and moments in float32, forward and backward passes in bfloat16 where the processor multiplies in it. Zeros stay
+    zeros, and nothing of the optimiser outlives the block. Raises RunError where a weight is no longer finite.
     """
     batches_a_step = max(1, round(WINDOWS / len(wanted[0]) / ranks.size()))
     steps = min(ranks.gather(-(-len(wanted) // batches_a_step)))  # the same on every rank
@@ -53,6 +54,16 @@ def _rounds(batches: int, steps: int) -> Iterator[list[int]]:
         yield from (part.tolist() for part in torch.randperm(batches, generator=generator).tensor_split(steps))
 
 
+def _fast_type(device: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies in it (three times as fast on a CPU that does), else float32."""
+    if device == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities()
+        has = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if has else torch.float32
+
+
 @contextmanager
 def _trainable(matrices: list[Matrix]) -> Iterator[tuple[list[nn.Parameter], Callable]]:
     """The matrices' parameters, in float32 and taking gradients, and the context their forward passes need for that.
@@ -61,11 +72,12 @@ def _trainable(matrices: list[Matrix]) -> Iterator[tuple[list[nn.Parameter], Cal
     """
     weights = list(dict.fromkeys(getattr(matrix.module, matrix.parameter) for matrix in matrices))
     dtype, device = weights[0].dtype, weights[0].device.type
+    fast = _fast_type(device) if dtype == torch.float32 else dtype
     try:
         for weight in weights:
             weight.data = weight.data.float()
             weight.requires_grad_(True)
-        yield weights, lambda: torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+        yield weights, lambda: torch.autocast(device, dtype=fast, enabled=fast != torch.float32)
     finally:
         for weight in weights:
             weight.requires_grad_(False)

@@ -18,7 +18,7 @@ from .pruners.asymmetry import aim
 from .recovery import recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
-from .stream import Stream
+from .stream import Beside, Stream
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,12 @@ def prune_model(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
         cross=asymmetry > 0, dense=recovery or asymmetry > 0,
     )  # fmt: skip
+    of_block: dict[str, InputStats] = {}
+    found: list[dict] = []
     for step in steps:
         block, matrices, stats = step.block, step.matrices, step.stats
         share = sum(targets[m.name] * m.size for m in matrices) / max(1, sum(m.size for m in matrices))
         log.info("block %d of %d: pruning %d matrices to %.4f", block + 1, len(model.blocks), len(matrices), share)
-        found: list[dict] = []
         with clock("prune"):
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
@@ -69,14 +70,18 @@ def prune_model(
                     _prune_matrix(matrix, pruner, stats.get(matrix.name), target, pattern, asymmetry, found)
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))
+        of_block |= stats
+        if not step.last:
+            continue
         if recovery and step.dense is not None:
             with clock("recover"):
-                recover(matrices, functools.partial(step.stream.output, block), step.dense.hidden)
+                recover(model.matrices_of(block), functools.partial(step.stream.output, block), step.dense.hidden)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
         events += found
         if commit is not None:
             with clock("commit"):
-                commit(block, stats, found)
+                commit(block, of_block, found)
+        of_block, found = {}, []
 
 
 def _owners(matrices: list[Matrix], stats: dict[str, InputStats]) -> list[int]:
@@ -124,9 +129,10 @@ def _prune_matrix(
 
 @dataclass
 class Step:
-    """One block's turn: it is resident, and its weights may be changed.
+    """The turn of one block, or of one stage of it: it is resident, and these matrices may be changed.
 
-    stats   of its matrices' inputs, by name; a matrix that saw no token on any rank has none
+    stats   of their inputs, by name; a matrix that saw no token on any rank has none
+    last    whether this is all of the block that is left
     stream  the calibration windows, about to enter the block; None where no token is run
     dense   the same windows in the dense model, just past the block; None where nobody asked
     """
@@ -134,6 +140,7 @@ class Step:
     block: int
     matrices: list[Matrix]
     stats: dict[str, InputStats]
+    last: bool = True
     stream: Stream | None = None
     dense: Stream | None = None
 
@@ -153,7 +160,8 @@ def walk(
     """Yield a step for each block from `done` to the last; what one changes, the next one's inputs come from.
 
     The blocks before `done` are run through as they are. With needs "nothing" no token is run. With `dense` the
-    windows also go through the unchanged blocks, and with `cross` the statistics hold how the two belong together.
+    windows also go through the unchanged blocks, and with `cross` the statistics hold how the two belong together; a
+    block then comes in stages, each with the inputs that the stages before have left it.
     """
     clock = clock or Stopwatch()
     stream = beside = None
@@ -168,17 +176,23 @@ def walk(
                     beside.advance(block)
             with model.resident_block(block):
                 if block >= done:
-                    matrices, stats = model.matrices_of(block), {}
-                    if stream is not None:
-                        bar.set_description("statistics")
-                        with clock("calibrate"), clock("statistics"):
-                            found = stream.collect(block, matrices, needs, beside if cross else None)
-                            stats = _over_ranks(found, matrices, needs, cross)
                     if beside is not None and not cross:
                         with clock("calibrate"), clock("dense"):
                             beside.advance(block)
-                    bar.set_description("pruning")
-                    yield Step(block, matrices, stats, stream, beside)
+                    matrices = model.matrices_of(block)
+                    twin = Beside(beside, block) if cross and stream else None
+                    stages = stream.stages(block, matrices) if twin else [matrices]
+                    for index, stage in enumerate(stages):
+                        last, stats = index == len(stages) - 1, {}
+                        if twin is not None:
+                            twin.advances = last
+                        if stream is not None:
+                            bar.set_description("statistics")
+                            with clock("calibrate"), clock("statistics"):
+                                found = stream.collect(block, stage, needs, twin)
+                                stats = _over_ranks(found, stage, needs, cross)
+                        bar.set_description("pruning")
+                        yield Step(block, stage, stats, last, stream, beside)
                 if stream is not None and block + 1 < len(model.blocks):
                     bar.set_description("propagation")
                     with clock("calibrate"), clock("propagation"):

@@ -4,12 +4,14 @@ Every block is called with exactly the arguments the model itself passed to it, 
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
+from . import ranks
 from .activations import Activations, Store
 from .collector import Collector, StopForward
 from .errors import RunError
@@ -18,6 +20,23 @@ from .progress import progress
 from .stats import InputStats
 
 PROBE_TOKENS = 16
+
+
+class Beside:
+    """The dense model beside one block that is pruned in stages: its stream, and a copy of the block as it was.
+
+    advances  whether the stream leaves the block with the next statistics: with those of the last stage
+    """
+
+    def __init__(self, stream: "Stream", block: int):
+        self.stream, self._block, self.advances = stream, block, False
+        module = stream.model.blocks[block]
+        self._module = copy.deepcopy(module)
+        self.twins = dict(zip(module.modules(), self._module.modules(), strict=True))
+
+    def output(self, batch: int) -> Tensor:
+        """The dense block's output for one batch, (B, S, d)."""
+        return _hidden_of(_call(self._module, self.stream.hidden[batch], self.stream.calls[batch][self._block]))
 
 
 class Stream:
@@ -111,21 +130,54 @@ class Stream:
 
     @torch.no_grad()
     def collect(
-        self, block: int, matrices: list[Matrix], needs: str, dense: "Stream | None" = None
+        self, block: int, matrices: list[Matrix], needs: str, dense: "Beside | None" = None
     ) -> dict[str, InputStats]:
-        """Run every batch through the block as it stands and return its inputs' statistics by matrix name.
+        """Run every batch through the block as it stands and return these matrices' inputs' statistics by name.
 
-        A `dense` stream is advanced through the same block, and what the matrices read in it goes into the cross Gram.
+        What they read in the `dense` model, for the same tokens, goes into the cross Gram.
         """
         collector = Collector(matrices, needs, dense is not None)
         module = self.model.blocks[block]
         for batch in range(len(self)):
             if dense is not None:
-                with collector.reference():
-                    dense.hidden[batch] = dense.output(block, batch)
+                with collector.reference(dense.twins, dense.advances):
+                    output = dense.output(batch)
+                    if dense.advances:
+                        dense.stream.hidden[batch] = output
             with collector.batch(module):
                 self.output(block, batch)
         return collector.finish()
+
+    @torch.no_grad()
+    def stages(self, block: int, matrices: list[Matrix]) -> list[list[Matrix]]:
+        """The matrices of a block by the order in which a pass reads their inputs.
+
+        Together are those that read the same tensor, and all experts' of one kind; the same on every rank.
+        """
+        stage_of_kind: dict[str, int] = {}
+        seen: dict[tuple, int] = {}  # tensor -> stage
+        alive: list[Tensor] = []  # so that ids stay unique
+        kinds = {(m.module, m.parameter): re.sub(r"\.\d+(?=\.|$)", ".*", m.name) for m in matrices}
+
+        def reached(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = (*args, *kwargs.values())[0]
+            alive.append(x)
+            for (owner, parameter), kind in kinds.items():
+                if owner is module and kind not in stage_of_kind:
+                    # Of fused experts the second tensor's input comes from the first.
+                    key = (id(x), x._version, parameter)
+                    stage_of_kind[kind] = seen.setdefault(key, len(set(seen.values())))
+
+        with ExitStack() as stack:
+            for module in dict.fromkeys(matrix.module for matrix in matrices):
+                stack.callback(module.register_forward_pre_hook(reached, with_kwargs=True).remove)
+            self.output(block, 0)
+        stage_of_kind = ranks.from_first(lambda: stage_of_kind)
+        last = max(stage_of_kind.values(), default=0)
+        stages: list[list[Matrix]] = [[] for _ in range(last + 1)]
+        for matrix in matrices:
+            stages[stage_of_kind.get(kinds[matrix.module, matrix.parameter], last)].append(matrix)
+        return stages
 
     @torch.no_grad()
     def advance(self, block: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main
-from lib import cli, esd, evaluate, results, sequential
+from lib import cli, esd, evaluate, results, stream
 from lib.results import cache, checkpoint, files, journal, report, run
 
 EVENTS: list[str] = []
@@ -62,7 +62,7 @@ def watch_writes(at: int) -> None:
 if __name__ == "__main__":
     at, names = int(sys.argv[1]), Path(sys.argv[2])
     watch(esd, "squared_singular_values", at)
-    watch(sequential, "_call", at)
+    watch(stream, "_call", at)
     watch(evaluate, "_negative_log_likelihood", at)
     watch_writes(at)
     status = cli.main(lambda config: results.summary(main.run(config)), sys.argv[3:])

@@ -148,7 +148,7 @@ def test_matrices_of_a_block_share_their_n():
 
 # ---------------------------------------------------------------- allocations beyond AlphaPruning
 
-OPTIONS = {"owl_lambda": 0.08, "owl_m": 5.0, "dlp_alpha": 0.15, "lsa_alpha": 0.15, "ramp_beta": 0.02}
+OPTIONS = {"epsilon": 0.2, "owl_lambda": 0.08, "owl_m": 5.0, "dlp_alpha": 0.15, "lsa_alpha": 0.15, "ramp_beta": 0.02}
 
 
 def with_options(case: Problem, **changes) -> Problem:

@@ -22,7 +22,7 @@ DECIDING = {
     "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
-    "lsa_alpha": 0.1, "ramp_beta": 0.02,
+    "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "recover": "block",
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -108,6 +108,11 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
     [
         ({"sparsity_ratio": 0.7}, "wanda_ww-0.7-alpha_peak-eps0.2-seed0"),
         ({"prune_method": "wanda", "seed": 3}, "wanda-0.5-seed3"),
+        ({"epsilon": "auto"}, "wanda_ww-0.5-alpha_peak-epsauto-seed0"),
+        (
+            {"prune_method": "alps", "asymmetry": 0.25, "recover": "block"},
+            "alps-0.5-asymmetry0.25-recover_block-seed0",
+        ),
         ({"prune_method": "magnitude", "sparsity_type": "2:4"}, "magnitude-0.5-2of4-seed0"),
     ],
 )
@@ -118,8 +123,9 @@ def test_run_name_is_readable(flags, readable, configure):
 @pytest.mark.parametrize("name", DECIDING)
 def test_run_name_tells_what_decides(name, configure):
     # with a method that has a variant, and an allocation beside which N:M may stand
-    changed = configure(**{"save_model": "pruned", name: DECIDING[name]})  # which a streamed run needs
-    assert changed.run_name != configure().run_name
+    method = {"prune_method": "sparsegpt_ww"} if name == "asymmetry" else {}
+    changed = configure(**{"save_model": "pruned", **method, name: DECIDING[name]})  # which a streamed run needs
+    assert changed.run_name != configure(**method).run_name
 
 
 def test_run_name_tells_models_apart(configure, tmp_path):

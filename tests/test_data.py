@@ -50,6 +50,24 @@ def test_rows_join_with_a_space_to_calibrate_and_two_newlines_to_evaluate(tokeni
         assert torch.equal(found, torch.stack([joined[s : s + 10] for s in starts]))
 
 
+def test_windows_held_out_follow_and_share_no_token(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 400))))  # no character twice
+    plain = calibration_windows(str(path), tokenizer, nsamples=8, seqlen=30, seed=3)
+    both = calibration_windows(str(path), tokenizer, nsamples=8, seqlen=30, seed=3, held_out=4)
+    assert both.shape == (12, 30)
+    assert torch.equal(both[:8], plain)
+    starts = [joined_at(ids(tokenizer, path.read_text()), window) for window in both]
+    for i in range(8, 12):
+        assert all(abs(starts[i] - start) >= 30 for start in starts[:i])
+    with pytest.raises(RunError, match="no room for 60 windows apart from the 8"):
+        calibration_windows(str(path), tokenizer, nsamples=8, seqlen=30, seed=3, held_out=60)
+
+
+def joined_at(tokens: torch.Tensor, window: torch.Tensor) -> int:
+    return next(i for i in range(len(tokens)) if torch.equal(tokens[i : i + len(window)], window))
+
+
 def test_a_txt_is_used_verbatim(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("one\ntwo\n\nthree  four")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lib.errors import RunError
-from lib.masks import Pattern, lowest, lowest_of_groups, lowest_of_matrix, lowest_of_rows
+from lib.masks import LowestOfMatrix, Pattern, lowest, lowest_of_groups, lowest_of_matrix, lowest_of_rows
 
 
 def test_two_of_four_keeps_the_largest_two():
@@ -52,3 +52,14 @@ def test_pattern_parse():
 def test_pattern_refuses(text):
     with pytest.raises(RunError, match="--sparsity_type"):
         Pattern.parse(text)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.01, 0.5])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.7, 1.0])
+def test_again_and_again_is_the_same_as_anew(sparsity, drift):
+    generator, again = torch.Generator().manual_seed(0), LowestOfMatrix()
+    scores = torch.rand(20, 30, generator=generator)
+    for _ in range(5):
+        scores = (scores + drift * torch.randn(20, 30, generator=generator)).abs()
+        scores[3] = scores[4]  # ties
+        assert torch.equal(again(scores, sparsity), lowest_of_matrix(scores, sparsity))

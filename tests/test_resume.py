@@ -99,6 +99,17 @@ def test_a_resumed_run_says_so_and_skips_what_is_done(here, uninterrupted):
     assert result_of(out) == uninterrupted[:2]
 
 
+def test_the_dense_model_beside_it_is_resumed_too(here, tmp_path):
+    """Its blocks come from the original files, though the pruned ones have taken their place."""
+    more, (whole, cut) = ("--asymmetry", "0.5", "--recover", "block"), (tmp_path / "whole", tmp_path / "cut")
+    done = run(["tests/killed.py", "0", str(tmp_path / "names")], flags(here, whole, *more))
+    assert done.returncode == 0, done.stderr
+    moment = 1 + (tmp_path / "names").read_text().splitlines().index("before block-00002.json")
+    assert run(["tests/killed.py", str(moment), str(cut)], flags(here, cut, *more)).returncode == -9
+    assert run(["main.py"], flags(here, cut, *more)).returncode == 0
+    assert result_of(cut) == result_of(whole)
+
+
 def test_restart_begins_anew(here, uninterrupted):
     moment, out = 1 + uninterrupted[2].index("before block-00002.json"), here / "restart"
     run(["tests/killed.py", str(moment), str(out)], flags(here, out))

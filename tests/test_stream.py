@@ -70,6 +70,24 @@ def test_streamed_is_in_memory_to_the_bit(architecture, pruner, tmp_path):
     assert not list(tmp_path.glob("activations*"))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_streamed_is_in_memory_with_a_dense_model_beside_it(architecture, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
+    whole, streamed = load_model(source, "cpu"), open_model(source, "cpu")
+    streamed.load_rest()
+    journal = Journal(config_of(tmp_path), streamed)
+    for model, more in ((whole, {}), (streamed, {"commit": journal.commit, "store": Store(tmp_path, limit=0)})):
+        prune_model(
+            model, PRUNERS["alps"], targets_of(model), Pattern(), tokens, batch_size=4, asymmetry=0.5, recovery=True,
+            **more,
+        )  # fmt: skip
+    journal.finish()
+    results.save_checkpoint(whole, tmp_path / "whole")
+    expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "pruned")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtypes_of_files_and_of_runs(stored, dtype, tmp_path):
