@@ -64,6 +64,9 @@ class RunConfig:
     dlp_alpha: float | str = _flag(0.15, "half the range of sparsities for *_dlp, or auto")
     lsa_alpha: float | str = _flag(0.15, "half the range of sparsities for *_lsa, or auto")
     ramp_beta: float | str = _flag(0.01, "what the sparsity grows by from block to block for *_ramp, or auto")
+    search_strength: float | str = _flag(
+        0.6, "how far *_search follows its measurements: 0 is uniform, 1 equal marginal losses; or auto"
+    )
     asymmetry: float = _flag(0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1]")
     recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
@@ -122,7 +125,7 @@ class RunConfig:
             )
         for name, low, high in (
             ("epsilon", 0, 1), ("owl_lambda", 0, 1), ("dlp_alpha", 0, 1), ("lsa_alpha", 0, 1), ("ramp_beta", -1, 1),
-            ("asymmetry", 0, 1),
+            ("search_strength", 0, 2), ("asymmetry", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value == AUTO:
@@ -165,7 +168,9 @@ class RunConfig:
         if self.stream and self.save_model is None:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
         if self.stream and self.held_out:
-            raise RunError("--stream: holds one block at a time, and auto parameters try out the whole model in memory")
+            raise RunError(
+                "--stream: holds one block at a time, while _search and auto parameters try prunings of the whole model"
+            )
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
         if self.use_variant and PRUNERS[self.pruner].variant is None:

@@ -42,7 +42,15 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """(out, in), a view of the model's own storage."""
-        tensor = getattr(self.module, self.parameter).data
+        return self.view(self.stored.data)
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds it, and with an expert the others of its kind."""
+        return getattr(self.module, self.parameter)
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """This matrix's part (out, in) of a tensor that is laid out as `stored` is."""
         if self.expert is not None:
             tensor = tensor[self.expert]
         return tensor.T if self.transposed else tensor

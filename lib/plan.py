@@ -49,6 +49,12 @@ def plan(
                 model, allocation, calibration, config.options, config.mapping_type, batch_size=batch_size, store=store
             ),
         )
+    elif allocation.measured:
+        trials = Trials(model, prune, calibration, held_out, batch_size)
+        own, search = remember(
+            f"{config.prune_method} {config.asymmetry:g} {config.sparsity:g} {config.sparsity_type}",
+            lambda: trials.marginals(config.sparsity, config.pattern.group),
+        )
     problem = Problem(
         sizes={matrix.name: matrix.size for matrix in model.matrices},
         blocks={matrix.name: matrix.block for matrix in model.matrices},
@@ -63,7 +69,10 @@ def plan(
             with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
                 at_value = replace(problem, options=options | {name: value})
                 candidates[value] = allocate(config.allocation, at_value, config.pattern.group)
-        search = Trials(model, prune, calibration, held_out, batch_size).best(name, candidates)
+        trials = Trials(model, prune, calibration, held_out, batch_size)
+        search = (search or {}) | trials.best(name, candidates)
         options[name] = search["chosen"]
     targets = allocate(config.allocation, problem, config.pattern.group, events=events)
+    if allocation.measured:
+        own = {name: part for name, (part, _kappa) in own.items()}
     return {"targets": targets, "scores": own if allocation.granular else {}, "search": search, "events": events}

@@ -10,6 +10,7 @@ from . import ranks
 from .activations import Activations
 from .errors import RunError
 from .model import Matrix
+from .precision import mixed_precision
 
 EPOCHS = 4
 WINDOWS = 4  # a step, over all ranks; where one batch holds more, one batch a rank
@@ -54,30 +55,19 @@ def _rounds(batches: int, steps: int) -> Iterator[list[int]]:
         yield from (part.tolist() for part in torch.randperm(batches, generator=generator).tensor_split(steps))
 
 
-def _fast_type(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies in it (three times as fast on a CPU that does), else float32."""
-    if device == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        found = torch.cpu.get_capabilities()
-        has = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if has else torch.float32
-
-
 @contextmanager
 def _trainable(matrices: list[Matrix]) -> Iterator[tuple[list[nn.Parameter], Callable]]:
     """The matrices' parameters, in float32 and taking gradients, and the context their forward passes need for that.
 
     In the end they are rounded to their own type again.
     """
-    weights = list(dict.fromkeys(getattr(matrix.module, matrix.parameter) for matrix in matrices))
+    weights = list(dict.fromkeys(matrix.stored for matrix in matrices))
     dtype, device = weights[0].dtype, weights[0].device.type
-    fast = _fast_type(device) if dtype == torch.float32 else dtype
     try:
         for weight in weights:
             weight.data = weight.data.float()
             weight.requires_grad_(True)
-        yield weights, lambda: torch.autocast(device, dtype=fast, enabled=fast != torch.float32)
+        yield weights, lambda: mixed_precision(dtype, device)
     finally:
         for weight in weights:
             weight.requires_grad_(False)

@@ -8,10 +8,15 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from .allocation.budget import S_MAX
+from .attribution import attribute
 from .evaluate import perplexity
 from .model import LanguageModel
 
 log = logging.getLogger(__name__)
+
+STEP = 0.06  # of sparsity, between prunings on trial; with N:M it is 1/M
+KAPPA_LEAST = 1.0
 
 
 class Trials:
@@ -31,6 +36,38 @@ class Trials:
     ):
         self._model, self._prune, self._batch_size = model, prune, batch_size
         self._windows, self._held_out = calibration[: len(held_out)], held_out
+
+    def marginals(self, sparsity: float, group: int | None) -> tuple[dict[str, tuple[float, float]], dict]:
+        """matrix name -> (its part of the loss's rise around that uniform sparsity, kappa), and how they were found.
+
+        The model is pruned to a little less, to `sparsity` and to a little more; the loss on the windows held out is
+        followed along the path through the three (lib/attribution.py), and what it gains on the second half against
+        the first says how fast its slope grows: kappa = ln(rise above / rise below) / step.
+        """
+        step, begin = 1 / group if group else STEP, time.perf_counter()
+        levels = [max(sparsity - step, 0.0), sparsity, min(sparsity + step, S_MAX)]
+        path, losses = [], []
+        with kept(self._model):
+            weights = {matrix: matrix.weight.clone() for matrix in self._model.matrices}
+            for level in levels:
+                for matrix, weight in weights.items():
+                    matrix.write(weight)
+                self._prune(dict.fromkeys((matrix.name for matrix in weights), level), self._windows)
+                path.append({matrix: matrix.weight.clone() for matrix in weights})
+                losses.append(self._loss(f"at {level:g}"))
+            parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
+        below, above = losses[1] - losses[0], losses[2] - losses[1]
+        widths = levels[1] - levels[0], levels[2] - levels[1]
+        growth = (above / widths[1]) / (below / widths[0]) if min(above, below) > 0 else 1.0
+        kappa = max(KAPPA_LEAST, math.log(growth) / (sum(widths) / 2))
+        found = {
+            "levels": levels, "losses": losses, "kappa": kappa, "calibration_windows": len(self._windows),
+            "held_out_windows": len(self._held_out), "seconds": time.perf_counter() - begin,
+        }  # fmt: skip
+        return {name: (math.fsum(of_matrix), kappa) for name, of_matrix in parts.items()}, found
+
+    def _loss(self, what: str) -> float:
+        return math.log(perplexity(self._model, self._held_out, batch_size=self._batch_size, what=what))
 
     def best(self, parameter: str, candidates: Mapping[float, Mapping[str, float]]) -> dict:
         """Try each {value: targets}; the value of the lowest perplexity as `chosen`, and what each gave and cost."""

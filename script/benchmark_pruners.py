@@ -2,8 +2,8 @@
 
     python script/benchmark_pruners.py --model smollm2 --calib_data VALIDATION.txt --nsamples 64 --seqlen 512
 
-The error is ||X (W - W_0)^T||^2 / ||X W_0^T||^2. Prints, by sparsity and pruner, the mean over the matrices, the seconds,
-and on how many matrices the error is above that of --against.
+The error is ||X (W - W_0)^T||^2 / ||X W_0^T||^2. Prints, by sparsity and pruner, the mean over the matrices, the
+seconds, and on how many matrices the error is above that of --against.
 """
 
 import argparse

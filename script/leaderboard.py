@@ -82,7 +82,7 @@ def settings(config: RunConfig) -> str:
     """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in ("ww_metric", *config.options, "asymmetry", "recover")
+        for name in ("ww_metric", *config.options, "mapping_type", "use_variant", "asymmetry", "recover")
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )
 

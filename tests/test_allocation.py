@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 
 import numpy as np
@@ -148,7 +149,15 @@ def test_matrices_of_a_block_share_their_n():
 
 # ---------------------------------------------------------------- allocations beyond AlphaPruning
 
-OPTIONS = {"epsilon": 0.2, "owl_lambda": 0.08, "owl_m": 5.0, "dlp_alpha": 0.15, "lsa_alpha": 0.15, "ramp_beta": 0.02}
+OPTIONS = {
+    "epsilon": 0.2,
+    "owl_lambda": 0.08,
+    "owl_m": 5.0,
+    "dlp_alpha": 0.15,
+    "lsa_alpha": 0.15,
+    "ramp_beta": 0.02,
+    "search_strength": 1.0,
+}
 
 
 def with_options(case: Problem, **changes) -> Problem:
@@ -238,7 +247,49 @@ def test_lamp_is_one_threshold_on_all_scores(sparsity):
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_every_granularity_meets_the_budget(method, mapping):
     scores, sizes = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0], [10, 20, 30, 10, 20, 30]
+    if ALLOCATIONS[method].measured:
+        scores = [(score, 5.0) for score in scores]
     case = with_options(problem(scores, sizes, 0.6, mapping=mapping, per_block=2))
     found = allocate(method, case)
     assert mean(found, case.sizes) == pytest.approx(0.6, abs=1e-9)
-    assert len(set(found.values())) == (3 if mapping == "block_wise" else 6)
+    # The names are of one kind, and so are the matrices to `search`, which knows blocks and kinds.
+    assert len(set(found.values())) == (3 if mapping == "block_wise" or method == "search" else 6)
+
+
+# ---------------------------------------------------------------- search
+
+
+def measured(parts: list[float], mapping: str, kappa: float = 5.0, sparsity: float = 0.6) -> Problem:
+    """Two kinds, a small and a large one, in each of two blocks."""
+    names, sizes = ["b.0.q", "b.0.d", "b.1.q", "b.1.d"], [10, 30, 10, 30]
+    return Problem(
+        dict(zip(names, sizes, strict=True)), dict(zip(names, (0, 0, 1, 1), strict=True)), sparsity,
+        {name: (part, kappa) for name, part in zip(names, parts, strict=True)}, mapping, options=OPTIONS,
+    )  # fmt: skip
+
+
+def test_search_equalises_the_marginal_losses():
+    """With parts that are a product of block and kind, every m_k exp(kappa s_k) comes out the same."""
+    worth = [2.0 * 1.0, 2.0 * 3.0, 1.0 * 1.0, 1.0 * 3.0]
+    case = measured([w * size for w, size in zip(worth, (10, 30, 10, 30), strict=True)], "layer_wise")
+    found = allocate("search", case)
+    marginal = [w * math.exp(5.0 * s) for w, s in zip(worth, found.values(), strict=True)]
+    assert marginal == pytest.approx([marginal[0]] * 4)
+    assert mean(found, case.sizes) == pytest.approx(0.6, abs=1e-9)
+    blocks = allocate("search", dataclasses.replace(case, mapping="block_wise"))
+    assert blocks["b.0.q"] == blocks["b.0.d"] == pytest.approx(blocks["b.1.q"] - math.log(2) / 5)
+    mixed = allocate("search", dataclasses.replace(case, mapping="mixed"))
+    assert (10 * mixed["b.0.q"] + 30 * mixed["b.0.d"]) / 40 == pytest.approx(blocks["b.0.q"])
+    assert mixed["b.0.q"] - mixed["b.0.d"] == pytest.approx(math.log(3) / 5)
+
+
+def test_search_of_strength_zero_is_uniform():
+    case = measured([-1.0, 40.0, 1.0, 9.0], "layer_wise")
+    none = dataclasses.replace(case, options={**OPTIONS, "search_strength": 0.0})
+    assert list(allocate("search", none).values()) == pytest.approx([0.6] * 4)
+
+
+def test_a_block_that_seems_worth_nothing_counts_as_a_fifth_of_the_median():
+    found = allocate("search", measured([-1.0, -3.0, 10.0, 30.0], "block_wise"))
+    median = (1.0 + -0.1) / 2
+    assert found["b.0.q"] - found["b.1.q"] == pytest.approx(-math.log(0.2 * median) / 5)

@@ -22,7 +22,7 @@ DECIDING = {
     "seqlen": 512, "seed": 1, "eval_wikitext": False, "eval_data": "ptb", "eval_windows": 8, "batch_size": 2,
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
-    "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "recover": "block",
+    "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -110,7 +110,7 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
         ({"prune_method": "wanda", "seed": 3}, "wanda-0.5-seed3"),
         ({"epsilon": "auto"}, "wanda_ww-0.5-alpha_peak-epsauto-seed0"),
         (
-            {"prune_method": "alps", "asymmetry": 0.25, "recover": "block"},
+            {"prune_method": "alps", "asymmetry": 0.25, "search_strength": 1.0, "recover": "block"},
             "alps-0.5-asymmetry0.25-recover_block-seed0",
         ),
         ({"prune_method": "magnitude", "sparsity_type": "2:4"}, "magnitude-0.5-2of4-seed0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
-from lib import PRUNERS, LanguageModel, Pattern, recovery
+from lib import PRUNERS, LanguageModel, Pattern, precision, recovery
 from lib.sequential import prune_model, walk
 
 
@@ -48,7 +48,7 @@ def names_of(model: LanguageModel, matrices: list) -> set[str]:
 def test_one_step_of_one_weight_by_hand(monkeypatch):
     """y = w x towards 2 x from w = 1: Adam's first step is its rate, and a removed weight takes none."""
     monkeypatch.setattr(recovery, "EPOCHS", 1)
-    monkeypatch.setattr(recovery, "_fast_type", lambda _device: torch.float32)
+    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
     model = LanguageModel(tiny_model("llama"))
     matrix = model.matrices[0]
     matrix.weight.zero_()

@@ -1,0 +1,63 @@
+"""Attribution of a change of the loss to matrices: complete, and left no trace."""
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokens
+
+from lib import LanguageModel, precision
+from lib.attribution import attribute
+from lib.evaluate import perplexity
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+
+
+def smooth(architecture: str) -> LanguageModel:
+    """A model whose loss has no jumps: every token goes to every expert."""
+    hf = tiny_model(architecture)
+    for module in hf.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = 4
+    return LanguageModel(hf)
+
+
+def moved(model: LanguageModel, by: float, only: str | None = None) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    noise = {m: torch.randn(m.shape, generator=generator) for m in model.matrices}
+    return {m: m.weight + by * noise[m] * (only in (None, m.name)) for m in model.matrices}
+
+
+def loss_at(model: LanguageModel, weights: dict, tokens: torch.Tensor) -> float:
+    before = {m: m.weight.clone() for m in model.matrices}
+    for m, weight in weights.items():
+        m.write(weight)
+    loss = torch.tensor(perplexity(model, tokens, batch_size=2)).log()
+    for m, weight in before.items():
+        m.write(weight)
+    return float(loss)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "falcon"])
+def test_parts_sum_to_the_change_of_the_loss(architecture):
+    model, tokens = smooth(architecture), tiny_tokens()
+    weights = {m.name: m.weight.clone() for m in model.matrices}
+    path = [moved(model, by) for by in (0.0, 0.002, 0.004)]
+    parts = attribute(model, path, tokens, batch_size=2)
+    for piece in (0, 1):
+        change = loss_at(model, path[piece + 1], tokens) - loss_at(model, path[piece], tokens)
+        assert sum(of_matrix[piece] for of_matrix in parts.values()) == pytest.approx(change, rel=0.02, abs=2e-6)
+    assert all(torch.equal(m.weight, weights[m.name]) for m in model.matrices)
+    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
+def test_a_matrix_that_moves_alone_accounts_for_all(architecture):
+    model, tokens = smooth(architecture), tiny_tokens()
+    for matrix in model.matrices[1::5]:
+        path = [moved(model, by, matrix.name) for by in (0.0, 0.002)]
+        parts = attribute(model, path, tokens, batch_size=3)
+        change = loss_at(model, path[1], tokens) - loss_at(model, path[0], tokens)
+        assert parts.pop(matrix.name) == [pytest.approx(change, rel=0.02, abs=2e-6)]
+        assert all(part == [0.0] for part in parts.values())
