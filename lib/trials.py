@@ -1,5 +1,6 @@
 """Prunings on trial: how well the model does on windows held out, and the weights put back."""
 
+import itertools
 import logging
 import math
 import time
@@ -56,10 +57,7 @@ class Trials:
                 path.append({matrix: matrix.weight.clone() for matrix in weights})
                 losses.append(self._loss(f"at {level:g}"))
             parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
-        below, above = losses[1] - losses[0], losses[2] - losses[1]
-        widths = levels[1] - levels[0], levels[2] - levels[1]
-        growth = (above / widths[1]) / (below / widths[0]) if min(above, below) > 0 else 1.0
-        kappa = max(KAPPA_LEAST, math.log(growth) / (sum(widths) / 2))
+        kappa = _growth(levels, losses)
         found = {
             "levels": levels, "losses": losses, "kappa": kappa, "calibration_windows": len(self._windows),
             "held_out_windows": len(self._held_out), "seconds": time.perf_counter() - begin,
@@ -90,6 +88,16 @@ class Trials:
             "held_out_windows": len(self._held_out),
             "seconds": math.fsum(trial["seconds"] for trial in tried),
         }
+
+
+def _growth(levels: list[float], losses: list[float]) -> float:
+    """kappa with which the slope of the loss grows between three sparsities, at least KAPPA_LEAST."""
+    rises = [after - before for before, after in itertools.pairwise(losses)]
+    widths = [after - before for before, after in itertools.pairwise(levels)]
+    if min(*rises, *widths) <= 0:
+        return KAPPA_LEAST
+    below, above = (rise / width for rise, width in zip(rises, widths, strict=True))
+    return max(KAPPA_LEAST, 2 * math.log(above / below) / sum(widths))
 
 
 @contextmanager

@@ -134,6 +134,35 @@ def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder,
         assert len({layer["target_sparsity"] for layer in record["layers"]}) == 3 or sparsity_type != "unstructured"
 
 
+@pytest.mark.parametrize(
+    ("method", "flag", "tried"),
+    [("wanda_ww", {"epsilon": "auto"}, 6), ("magnitude_ramp", {"ramp_beta": "auto"}, 6), ("sparsegpt_search", {}, 0)],
+)
+def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder, tmp_path):
+    """The run that is told the parameter that was chosen gives the same model, and the windows held out are others."""
+    options = {
+        "model": str(tiny_folder), "prune_method": method, "sparsity_ratio": 0.5, "seqlen": 32, "nsamples": 8,
+        "eval_windows": 2,
+        "device": "cpu", "calib_data": str(tiny_folder / "letters.txt"), "eval_data": str(tiny_folder / "letters.txt"),
+        "cache_dir": str(tmp_path / "cache"), "save": str(tmp_path / "out"),
+    }  # fmt: skip
+    record = main.run(RunConfig(**options, **flag))
+    search = record["search"]
+    assert (search["calibration_windows"], search["held_out_windows"]) == (2, 2)
+    assert search["seconds"] > 0
+    assert len(search.get("tried", [])) == tried
+    if tried:
+        best = min(search["tried"], key=lambda trial: trial["perplexity"])
+        assert search["chosen"] == best["value"]
+        again = main.run(RunConfig(**options, **{search["parameter"]: search["chosen"]}))
+        assert again["search"] is None
+        assert again["layers"] == record["layers"]
+        assert again["perplexity"] == record["perplexity"]
+    else:
+        assert search["levels"] == pytest.approx([0.44, 0.5, 0.56])
+        assert len(search["losses"]) == 3
+
+
 @needs_shared
 def test_dense_perplexity_is_the_published_codes(tmp_path):
     """29.935 on the first 64 windows of 512 of WikiText-2 test; 8 of them here, against transformers' own loss."""
