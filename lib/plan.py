@@ -44,11 +44,12 @@ def plan(
         own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
     elif allocation.score:
         own, of_blocks = remember(
-            f"{config.allocation} {config.mapping_type} {config.owl_m:g}",
+            f"{config.allocation} {config.mapping_type}",
             lambda: allocation_scores(
-                model, allocation, calibration, config.options, config.mapping_type, batch_size=batch_size, store=store
-            ),
-        )
+                model, [config.allocation], calibration, config.options, config.mapping_type, batch_size=batch_size,
+                store=store,
+            )[config.allocation],
+        )  # fmt: skip
     elif allocation.measured:
         trials = Trials(model, prune, calibration, held_out, batch_size)
         own, search = remember(

@@ -2,12 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
 from . import ranks
-from .allocation.base import Allocation
+from .allocation import ALLOCATIONS
 from .errors import RunError
 from .esd import DegenerateSpectrumError, Spectrum, as_published, cores_for_blas
 from .metrics import METRICS
@@ -15,6 +15,7 @@ from .model import LanguageModel, Matrix
 from .progress import progress
 from .results.cache import MetricCache
 from .sequential import walk
+from .stats import NEEDS
 
 log = logging.getLogger(__name__)
 
@@ -143,23 +144,28 @@ def _complete(model: LanguageModel, metric: str, found: dict, events: list[dict]
 
 def allocation_scores(
     model: LanguageModel,
-    allocation: Allocation,
+    names: Iterable[str],
     windows: Tensor | None,
     options: Mapping[str, float],
     mapping: str,
     **walking,
-) -> tuple[dict[str, object], dict[int, object]]:
-    """What an allocation's own `score` says of each matrix and, for its granularity `mapping`, of each block.
+) -> dict[str, tuple[dict[str, object], dict[int, object]]]:
+    """allocation -> what its own `score` says of each matrix and, for its granularity `mapping`, of each block.
 
-    From the one loop over blocks, without pruning; `walking` are the further arguments of `sequential.walk`.
+    All from one pass of the one loop over blocks, without pruning; `walking` are the further arguments of
+    `sequential.walk`.
     """
-    own, whole = {}, {}
-    by_block = allocation.granular and mapping != "layer_wise"
-    for step in walk(model, windows, allocation.needs, **walking):
+    allocations = {name: ALLOCATIONS[name] for name in names}
+    found: dict[str, tuple[dict, dict]] = {name: ({}, {}) for name in allocations}
+    needs = max((allocation.needs for allocation in allocations.values()), key=NEEDS.index)
+    for step in walk(model, windows, needs, **walking):
         read = [(matrix.weight, step.stats.get(matrix.name)) for matrix in step.matrices]
-        if by_block and read:
-            whole[step.block] = allocation.score(read, options)
-        for matrix, one in zip(step.matrices, read, strict=True):
-            alone = not by_block or mapping == "mixed"
-            own[matrix.name] = allocation.score([one], options) if alone else whole[step.block]
-    return own, whole
+        for name, allocation in allocations.items():
+            own, whole = found[name]
+            by_block = allocation.granular and mapping != "layer_wise"
+            if by_block and read:
+                whole[step.block] = allocation.score(read, options)
+            for matrix, one in zip(step.matrices, read, strict=True):
+                alone = not by_block or mapping == "mixed"
+                own[matrix.name] = allocation.score([one], options) if alone else whole[step.block]
+    return found
