@@ -16,12 +16,12 @@ class Collector:
     """Gathers the statistics of one block's inputs from its forward passes.
 
     Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
-    lies behind its last matrix's input is not computed: nobody reads it here. With `cross`, each batch comes first in
-    the dense model (`reference`), and the statistics hold both inputs' cross Gram.
+    lies behind its last matrix's input is not computed unless `whole`: nobody reads it here. With `cross`, each batch
+    comes first in the dense model (`reference`), and the statistics hold both inputs' cross Gram.
     """
 
-    def __init__(self, matrices: list[Matrix], needs: str, cross: bool = False):
-        self.needs, self.cross = needs, cross
+    def __init__(self, matrices: list[Matrix], needs: str, cross: bool = False, whole: bool = False):
+        self.needs, self.cross, self._whole = needs, cross, whole
         self.stats: dict[str, InputStats] = {}
         self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
         self._modules = list(dict.fromkeys(m.module for m in matrices))
@@ -75,7 +75,7 @@ class Collector:
             name = self._names.get((module, parameter, expert))
             if name is not None and x.numel():
                 self._add(name, x, x_dense)
-        if module is self._last and len(self._order) == len(self._modules):
+        if module is self._last and not self._whole and len(self._order) == len(self._modules):
             raise StopForward
 
     def _add(self, name: str, x: Tensor, dense: Tensor | None) -> None:

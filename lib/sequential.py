@@ -184,8 +184,8 @@ def walk(
                     stages = stream.stages(block, matrices) if twin else [matrices]
                     for index, stage in enumerate(stages):
                         last, stats = index == len(stages) - 1, {}
-                        if twin is not None:
-                            twin.advances = last
+                        if twin is not None and last:
+                            twin.advances, twin.writer = True, stream.writer(block, stage)
                         if stream is not None:
                             bar.set_description("statistics")
                             with clock("calibrate"), clock("statistics"):

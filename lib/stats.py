@@ -17,6 +17,8 @@ class InputStats:
     gram         (in, in)  X^T X, only where `needs` is "gram"; else None
     cross        (in, in)  X_d^T X, X_d what the dense model reads for the same tokens, only where asked for; else None
     paired       rows of X that came with their X_d
+    residual     (out, in)  (R_d - R)^T X, R what the block adds the one reading matrix's output to, R_d the same in the
+                 dense model; only of the matrix that writes a block's output (lib/stream.py); else None
 
     One object serves every matrix that reads the tensor, and so does all that is derived from it.
     """
@@ -29,6 +31,7 @@ class InputStats:
         self.sum_squares: Tensor | None = None
         self.gram: Tensor | None = None
         self.cross: Tensor | None = None
+        self.residual: Tensor | None = None
         self.paired = 0
         self._wants_cross = cross
         self.events: list[str] = []  # retries and fallbacks met while using these statistics
@@ -47,8 +50,9 @@ class InputStats:
         over_ranks(tokens)
         self.tokens, self.paired = map(int, tokens)
         over_ranks(self.sum_squares if self.gram is None else self.gram)
-        if self.cross is not None:
-            over_ranks(self.cross)
+        for tensor in (self.cross, self.residual):
+            if tensor is not None:
+                over_ranks(tensor)
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add the tokens x (..., in), and what the dense model reads for them."""
@@ -69,6 +73,11 @@ class InputStats:
             if self.sum_squares is None:
                 self.sum_squares = x.new_zeros(x.shape[1])
             self.sum_squares += x.square().sum(0)
+
+    def add_residual(self, gap: Tensor, x: Tensor) -> None:
+        """Add R_d - R (..., out) for the tokens x (..., in)."""
+        product = gap.reshape(-1, gap.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+        self.residual = product if self.residual is None else self.residual.add_(product)
 
     def finish(self) -> None:
         """Call once all tokens are in: completes the symmetric matrix."""

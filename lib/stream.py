@@ -6,7 +6,7 @@ Every block is called with exactly the arguments the model itself passed to it, 
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,13 @@ class Beside:
     """The dense model beside one block that is pruned in stages: its stream, and a copy of the block as it was.
 
     advances  whether the stream leaves the block with the next statistics: with those of the last stage
+    writer    the matrix whose output the block adds last, to what is then the block's output; None where there is no
+              such one
     """
 
     def __init__(self, stream: "Stream", block: int):
         self.stream, self._block, self.advances = stream, block, False
+        self.writer: Matrix | None = None
         module = stream.model.blocks[block]
         self._module = copy.deepcopy(module)
         self.twins = dict(zip(module.modules(), self._module.modules(), strict=True))
@@ -136,17 +139,43 @@ class Stream:
 
         What they read in the `dense` model, for the same tokens, goes into the cross Gram.
         """
-        collector = Collector(matrices, needs, dense is not None)
+        writer = dense.writer if dense is not None and dense.writer in matrices else None
+        collector = Collector(matrices, needs, cross=dense is not None, whole=writer is not None)
         module = self.model.blocks[block]
         for batch in range(len(self)):
-            if dense is not None:
-                with collector.reference(dense.twins, dense.advances):
-                    output = dense.output(batch)
-                    if dense.advances:
-                        dense.stream.hidden[batch] = output
-            with collector.batch(module):
-                self.output(block, batch)
+            with _watched([writer.module, dense.twins[writer.module]] if writer else []) as calls:
+                if dense is not None:
+                    with collector.reference(dense.twins, dense.advances):
+                        beside = dense.output(batch)
+                with collector.batch(module):
+                    output = self.output(block, batch)
+            if writer is not None:
+                (x, written), (_, written_beside) = calls[writer.module], calls[dense.twins[writer.module]]
+                gap = (beside - output).flatten(0, -2) - (written_beside - written).flatten(0, -2)  # before it wrote
+                collector.stats[writer.name].add_residual(gap, x)
+            if dense is not None and dense.advances:
+                dense.stream.hidden[batch] = beside
         return collector.finish()
+
+    @torch.no_grad()
+    def writer(self, block: int, stage: list[Matrix]) -> Matrix | None:
+        """The one matrix of the stage, if the block's output is its output added to something that ignores it."""
+        if len(stage) != 1 or stage[0].expert is not None:
+            return None
+
+        def nudge(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
+            nudges.append(torch.randn_like(output) * output.std())
+            return output + nudges[-1]
+
+        nudges: list[Tensor] = []
+        before = self.output(block, 0)
+        hook = stage[0].module.register_forward_hook(nudge)
+        moved = (self.output(block, 0) - before).flatten(0, -2)
+        hook.remove()
+        added = nudges[0].flatten(0, -2)
+        # In half precision the sum is rounded; anything but a plain sum is further off than that.
+        plain = added.shape == moved.shape and float((moved - added).norm() / added.norm()) < 0.02
+        return stage[0] if ranks.from_first(lambda: plain) else None
 
     @torch.no_grad()
     def stages(self, block: int, matrices: list[Matrix]) -> list[list[Matrix]]:
@@ -213,6 +242,17 @@ def last_hidden_states(
         with model.resident_block(block):
             stream.advance(block)
     yield from stream.finish()
+
+
+@contextmanager
+def _watched(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """module -> the first argument and the output of its last call."""
+    calls: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    with ExitStack() as stack:
+        for module in modules:
+            hook = module.register_forward_hook(lambda m, args, output: calls.__setitem__(m, (args[0], output)))
+            stack.callback(hook.remove)
+        yield calls
 
 
 def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:

@@ -84,6 +84,57 @@ def test_aim_is_ridge_regression_on_the_mixed_target(asymmetry):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_matrix_that_writes_the_blocks_output_is_aimed_at_it():
+    """With a = 1 and nothing removed, the block's output comes as close to the dense block's as least squares allow."""
+    tokens = tiny_tokens(24, 48)
+    dense, hf = tiny_model("llama"), tiny_model("llama")
+    model, block = LanguageModel(hf), 1
+    seen: dict[str, torch.Tensor] = {}
+
+    def outputs(model_) -> torch.Tensor:
+        layer = model_.model.layers[block]
+        hooks = [
+            layer.register_forward_hook(lambda _m, _a, out: seen.__setitem__("out", out.flatten(0, 1).double())),
+            layer.mlp.down_proj.register_forward_hook(
+                lambda _m, a, out: seen.update(x=a[0].flatten(0, 1).double(), y=out.flatten(0, 1).double())
+            ),
+        ]
+        with torch.no_grad():
+            model_(tokens, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen["out"]
+
+    wanted = outputs(dense).numpy()
+    for step in walk(model, tokens, "gram", batch_size=8, dense=True, cross=True):
+        if step.block == 0 and step.last:
+            for matrix in model.matrices_of(0):
+                matrix.write(PRUNERS["magnitude"].prune(matrix.weight, None, 0.3, Pattern()))
+        if step.block == block and step.last:
+            (matrix,) = step.matrices
+            outputs(hf)
+            x, ridge = seen["x"].numpy(), RIDGE * float(seen["x"].square().sum()) / seen["x"].shape[1]
+            stacked = np.vstack([x, np.sqrt(ridge) * np.eye(x.shape[1])])
+            target = np.vstack([wanted - (seen["out"] - seen["y"]).numpy(), np.sqrt(ridge) * matrix.weight.numpy().T])
+            expected = np.linalg.lstsq(stacked, target, rcond=None)[0].T
+            found = aim(matrix.weight, step.stats[matrix.name], 1.0)
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-2, atol=1e-3)
+            return
+
+
+@pytest.mark.parametrize(
+    ("architecture", "writes"),
+    [("llama", True), ("gpt2", True), ("opt", True), ("falcon", True), ("gemma2", False), ("mixtral", False)],
+)
+def test_which_matrices_write_a_blocks_output(architecture, writes):
+    """Not behind a norm of its own (Gemma 2), and not experts."""
+    model = LanguageModel(tiny_model(architecture))
+    stream = Stream(model, tiny_tokens(), 2)
+    last = stream.stages(0, model.matrices_of(0))[-1]
+    assert stream.writer(0, last) is (last[0] if writes else None)
+    assert stream.writer(0, stream.stages(0, model.matrices_of(0))[0]) is None
+
+
 def test_tokens_without_a_counterpart_leave_the_weight_alone_and_are_noted():
     stats = InputStats("gram", cross=True)
     x, weight = torch.randn(50, 6), torch.randn(3, 6)

@@ -11,18 +11,21 @@ from ..stats import InputStats
 RIDGE = 0.01  # of the mean diagonal
 
 
-def drift(stats: InputStats) -> Tensor:
-    """D (in, in) = (C - G)(G + ridge)^-1, G = X^T X and C = X_d^T X: X D^T is the best guess of X_d - X from X."""
+def factor(stats: InputStats) -> Tensor:
+    """The lower Cholesky factor of G + ridge, G = X^T X (in, in)."""
     ridged = stats.gram.clone()
     ridged.diagonal().add_(RIDGE * ridged.diagonal().mean())
-    return torch.linalg.solve(ridged, (stats.cross - stats.gram).T).T
+    return torch.linalg.cholesky(ridged)
 
 
 def aim(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
-    """The weights W that solve min ||X W^T - ((1 - a) X + a X_d) W_0^T||^2 + ridge ||W - W_0||^2, none removed yet.
+    """The weights W that solve min ||X W^T - T||^2 + ridge ||W - W_0||^2, none removed yet, with the target
+    T = ((1 - a) X + a X_d) W_0^T, and + a (R_d - R) for the matrix that writes the block's output.
 
-    X_d (tokens, in) is what the dense model reads where the pruned one reads X. Any pruner then goes on from W:
-    with a Gram matrix of X its own least squares have the same minimum. An input of which some tokens have no
+    X_d (tokens, in) is what the dense model reads where the pruned one reads X, and R what the block adds the matrix's
+    output to: that one is aimed at the dense block's output itself, and makes up for what the residual stream has
+    gathered. With C = X_d^T X, W = W_0 + a (W_0 (C - G) + (R_d - R)^T X)(G + ridge)^-1. Any pruner then goes on from W:
+    with the Gram matrix of X its own least squares have the same minimum. An input of which some tokens have no
     counterpart (an expert that the dense model chose for others) is left at a = 0, which is noted.
     """
     if stats.paired < stats.tokens:
@@ -30,4 +33,8 @@ def aim(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
         if note not in stats.events:
             stats.events.append(note)
         return weight
-    return weight + asymmetry * (weight.float() @ stats.derive(drift).to(weight.device)).to(weight.dtype)
+    gap = weight.float() @ (stats.cross - stats.gram).to(weight.device)
+    if stats.residual is not None:
+        gap += stats.residual.to(weight.device)
+    change = torch.cholesky_solve(gap.T, stats.derive(factor).to(weight.device)).T
+    return weight + asymmetry * change.to(weight.dtype)
