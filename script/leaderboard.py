@@ -145,8 +145,9 @@ class Board:
         for (sparsity, method, extra), rows in self._methods().items():
             cells = [f"{sparsity:g}", f"`{' '.join(filter(None, [method, extra]))}`"]
             cells += [_spread(rows, text.column) for text in self._texts]
-            cells += [str(len(rows)), f"{_mean(rows, 'achieved'):.4f}"]
-            cells += [f"{_mean(rows, name):.{0 if 'seconds' in name else 1}f}" for name in NUMBERS[1:]]
+            cells += [str(len(rows))]
+            for name, digits in zip(NUMBERS, (4, 0, 0, 1), strict=True):
+                cells += [f"{_mean(rows, name):.{digits}f}" if _values(rows, name) else ""]
             lines.append(f"| {' | '.join(cells)} |")
         (self._folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._draw()
@@ -181,8 +182,7 @@ def _values(rows: list[dict], column: str) -> list[float]:
 
 
 def _mean(rows: list[dict], column: str) -> float:
-    values = _values(rows, column)
-    return statistics.fmean(values) if values else math.nan
+    return statistics.fmean(_values(rows, column))
 
 
 def _spread(rows: list[dict], column: str) -> str:
@@ -244,10 +244,10 @@ class Runner:
             ),
         )[config.allocation]  # fmt: skip
 
-    def evaluate(self, batch_size: int) -> dict[str, float]:
+    def evaluate(self, batch_size: int) -> dict[str, str]:
         """Perplexity of the model as it stands on every text."""
         return {
-            column: perplexity(self._model, windows, batch_size=batch_size, what=column)
+            column: f"{perplexity(self._model, windows, batch_size=batch_size, what=column):.4f}"
             for column, windows in self._evaluation.items()
         }
 
@@ -292,7 +292,7 @@ class Runner:
         zeros = math.fsum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True))
         return {
             "run": run_key(config), "method": config.prune_method, "settings": settings(config),
-            "sparsity": config.sparsity, "seed": config.seed, **{name: f"{value:.4f}" for name, value in found.items()},
+            "sparsity": config.sparsity, "seed": config.seed, **found,
             "achieved": f"{zeros / sum(sizes):.6f}", "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
             "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": f"{peak_gb():.2f}",
         }  # fmt: skip

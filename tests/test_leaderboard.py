@@ -1,0 +1,99 @@
+"""script/leaderboard.py: what main.py gives, shared, resumed and summed up over seeds."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+from shared import ROOT
+from test_bad_input import make_texts, save_tokenizer
+from tiny import tiny_model
+
+import main
+from lib import cli
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("board")
+    tiny_model("llama").save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    make_texts(folder)
+    (folder / "list.txt").write_text(
+        "# a comment\n"
+        "wanda uniform,owl,dlp 0.5 0,1\n"
+        "alps search 0.5 0 --mapping_type layer_wise --asymmetry 0.5 --recover block  # and another\n"
+        "wanda uniform 0.6 0\n"
+    )
+    return folder
+
+
+def common(here) -> list[str]:
+    return [
+        "--model", str(here / "model"), "--seqlen", "16", "--nsamples", "8", "--device", "cpu", "--calib_data",
+        str(here / "words.txt"), "--cache_dir", str(here / "cache"),
+    ]  # fmt: skip
+
+
+def board(here, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "script/leaderboard.py", str(here / "list.txt"), "--save", str(here / "out")]
+    texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"{here / 'words.txt'}:4"]
+    return subprocess.run(
+        [*command, *texts, "--", *common(here), *more], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def rows(here) -> dict[str, dict]:
+    with (here / "out/runs.csv").open() as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def done(here):
+    process = board(here)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_each_run_is_what_the_command_gives(here, done, tmp_path):
+    found = rows(here)
+    assert list(found) == [
+        "dense", "wanda 0.5 seed0", "wanda_owl 0.5 seed0", "wanda_dlp 0.5 seed0", "wanda 0.5 seed1",
+        "wanda_owl 0.5 seed1", "wanda_dlp 0.5 seed1",
+        "alps_search 0.5 seed0 --mapping_type layer_wise --asymmetry 0.5 --recover block", "wanda 0.6 seed0",
+    ]  # fmt: skip
+    for row in list(found.values())[1:]:
+        flags = ["--prune_method", row["method"], "--sparsity_ratio", row["sparsity"], "--seed", row["seed"]]
+        evaluation = ["--eval_data", str(here / "words.txt"), "--eval_windows", "8", "--save", str(tmp_path)]
+        record = main.run(cli.parse([*flags, *row["settings"].split(), *common(here), *evaluation]))
+        assert float(row["perplexity_words"]) == pytest.approx(record["perplexity"]["pruned"], rel=1e-4), row["run"]
+        assert float(row["achieved"]) == pytest.approx(record["sparsity"]["achieved"], abs=1e-6)
+
+
+def test_what_is_done_is_not_done_again(here, done):
+    before = (here / "out/runs.csv").read_text()
+    lines = before.splitlines(keepends=True)
+    (here / "out/runs.csv").write_text("".join(lines[:-1]))
+    again = board(here)
+    assert again.returncode == 0, again.stderr
+    assert [line.partition("run: ")[2] for line in again.stderr.splitlines() if "run: " in line] == ["wanda 0.6 seed0"]
+    assert [row["perplexity_words"] for row in rows(here).values()] == [
+        row["perplexity_words"] for row in csv.DictReader(before.splitlines())
+    ]
+
+
+def test_another_protocol_is_refused(here, done):
+    refused = board(here, "--nsamples", "4")
+    assert refused.returncode == 1
+    assert "another protocol" in refused.stderr.splitlines()[-1]
+
+
+def test_the_table_has_a_line_for_each_method_with_its_seeds(here, done):
+    lines = (here / "out/table.md").read_text().splitlines()
+    assert len(lines) == 2 + 6
+    (wanda,) = [line.split(" | ") for line in lines if line.startswith("| 0.5 | `wanda` ")]
+    assert "±" in wanda[2]
+    assert wanda[4] == "2"
+    assert (here / "out/perplexity.png").stat().st_size > 5000
