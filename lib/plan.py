@@ -71,8 +71,9 @@ def plan(
                 at_value = replace(problem, options=options | {name: value})
                 candidates[value] = allocate(config.allocation, at_value, config.pattern.group)
         trials = Trials(model, prune, calibration, held_out, batch_size)
-        search = (search or {}) | trials.best(name, candidates)
-        options[name] = search["chosen"]
+        chosen = trials.best(name, candidates)
+        search = {**(search or {}), **chosen, "seconds": chosen["seconds"] + (search or {}).get("seconds", 0.0)}
+        options[name] = chosen["chosen"]
     targets = allocate(config.allocation, problem, config.pattern.group, events=events)
     if allocation.measured:
         own = {name: part for name, (part, _kappa) in own.items()}

@@ -48,8 +48,7 @@ class Trials:
         step, begin = 1 / group if group else STEP, time.perf_counter()
         levels = [max(sparsity - step, 0.0), sparsity, min(sparsity + step, S_MAX)]
         path, losses = [], []
-        with kept(self._model):
-            weights = {matrix: matrix.weight.clone() for matrix in self._model.matrices}
+        with kept(self._model) as weights:
             for level in levels:
                 for matrix, weight in weights.items():
                     matrix.write(weight)
@@ -102,7 +101,7 @@ def _growth(levels: list[float], losses: list[float]) -> float:
 
 @contextmanager
 def kept(model: LanguageModel):
-    """Whatever is done to the prunable weights is undone in the end."""
+    """The prunable weights; whatever is done to the model's is undone in the end."""
     weights = {matrix: matrix.weight.clone() for matrix in model.matrices}
     try:
         yield weights
