@@ -101,7 +101,8 @@ class Board:
     """The runs that are done, kept in a folder as runs.csv, table.md and perplexity.png."""
 
     def __init__(self, folder: Path, texts: list[Text], common: list[str]):
-        protocol = shlex.join([*common, *(f"{t.name}={t.data}:{t.windows}" for t in texts)]) + "\n"
+        words = [*common, *(f"{t.name}={Path(t.data).name}:{t.windows}" for t in texts)]
+        protocol = shlex.join(Path(word).name if Path(word).is_file() else word for word in words) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "protocol.txt").is_file() and (folder / "protocol.txt").read_text() != protocol:
             raise SystemExit(f"{folder}: holds runs of another protocol (protocol.txt); name another --save")
