@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import ranks
 from .model import LanguageModel, Matrix
 from .precision import mixed_precision
 from .progress import progress
@@ -20,10 +21,10 @@ def attribute(
 ) -> dict[str, list[float]]:
     """matrix name -> its part of the loss's change over each straight piece of the `path` through weight space.
 
-    windows (n, seqlen) token ids; the loss is the mean over their predicted tokens, in nats. Of a piece from A to B,
-    matrix k's part is <dL/dW_k at its middle, B_k - A_k>: integrated gradients (Sundararajan et al. 2017) by the
-    midpoint rule, so that the parts sum to L(B) - L(A) but for the rule's error. The weights are left as they were
-    found.
+    windows (n, seqlen) token ids, of which each rank takes its share; the loss is the mean over their predicted tokens,
+    in nats. Of a piece from A to B, matrix k's part is <dL/dW_k at its middle, B_k - A_k>: integrated gradients
+    (Sundararajan et al. 2017) by the midpoint rule, so that the parts sum to L(B) - L(A) but for the rule's error. The
+    weights are left as they were found.
     """
     parts: dict[str, list[float]] = {matrix.name: [] for matrix in model.matrices}
     before = {matrix: matrix.weight.clone() for matrix in model.matrices}
@@ -44,8 +45,9 @@ def _products(model: LanguageModel, changes: Weights, windows: Tensor, batch_siz
     """<dL/dW_k, change of W_k> of every matrix at the weights as they are."""
     found = dict.fromkeys((matrix.name for matrix in model.matrices), 0.0)
     predicted = windows.shape[0] * (windows.shape[1] - 1)
-    with _gradients(model, changes, found), progress(None, "gradients", "window", total=len(windows)) as bar:
-        for batch in windows.split(batch_size):
+    mine = ranks.mine(windows)
+    with _gradients(model, changes, found), progress(None, "gradients", "window", total=len(mine)) as bar:
+        for batch in mine.split(batch_size):
             tokens = batch.to(model.device)
             with torch.enable_grad(), mixed_precision(model.model.dtype, model.device.type):
                 logits = model.model(input_ids=tokens, use_cache=False).logits[:, :-1]
@@ -53,7 +55,9 @@ def _products(model: LanguageModel, changes: Weights, windows: Tensor, batch_siz
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") / predicted
             loss.backward()
             bar.update(len(batch))
-    return found
+    products = torch.tensor([*found.values()], dtype=torch.float64)
+    ranks.add_up(products)
+    return dict(zip(found, products.tolist(), strict=True))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from lib.allocation import ALLOCATIONS
 from lib.analysis import score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
+from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
@@ -120,7 +121,7 @@ class Board:
 
     def add(self, **row) -> None:
         """Keep one more run and write the files anew."""
-        self._rows.append({column: str(row.get(column, "")) for column in self._columns})
+        self._rows.append({column: "" if row.get(column) is None else str(row[column]) for column in self._columns})
         partial = self._path.with_suffix(".partial")
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
@@ -193,14 +194,17 @@ def _spread(rows: list[dict], column: str) -> str:
 
 
 def reset_peak() -> None:
-    """Begin anew with the process's largest resident set (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Begin anew with the process's largest resident set (on Linux)."""
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_gb() -> float:
-    """The process's largest resident set since then."""
+def peak_gb() -> float | None:
+    """The process's largest resident set since then, a copy of the prunable weights included (on Linux)."""
+    if sys.platform != "linux":
+        return None
     status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return round(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9, 2)
 
 
 class Runner:
@@ -295,7 +299,7 @@ class Runner:
             "run": run_key(config), "method": config.prune_method, "settings": settings(config),
             "sparsity": config.sparsity, "seed": config.seed, **found,
             "achieved": f"{zeros / sum(sizes):.6f}", "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
-            "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": f"{peak_gb():.2f}",
+            "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": peak_gb(),
         }  # fmt: skip
 
 
@@ -325,4 +329,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RunError as error:
+        raise SystemExit(f"leaderboard.py: error: {error}") from None

@@ -65,7 +65,8 @@ def record_of(out: Path) -> dict:
         (2, "llama", "magnitude_ww", []),
         (2, "llama", "wanda_owl", ["--stream"]),
         (2, "mixtral", "alps", ["--asymmetry", "0.5", "--recover", "block"]),
-        (2, "llama", "wanda_ww", ["--epsilon", "auto"]),
+        (2, "llama", "wanda_ww", ["--epsilon", "auto", "--nsamples", "12"]),
+        (2, "llama", "wanda_search", ["--nsamples", "12"]),
     ],
 )
 def test_ranks_share_the_work_and_not_the_result(processes, model, method, more, places, tmp_path):
