@@ -155,10 +155,11 @@ class Board:
         self._draw()
 
     def _draw(self) -> None:
-        """Perplexity against sparsity of every method that was run at more than one, and of the best at each."""
+        """Perplexity against sparsity: a curve for every method that was run at several, a grey dot for the others."""
         from matplotlib.figure import Figure  # takes a second to import
+        from matplotlib.ticker import ScalarFormatter
 
-        text, curves = self._texts[0], {}
+        text, curves, others = self._texts[0], {}, "others, at one sparsity"
         for (sparsity, method, extra), rows in self._methods().items():
             curves.setdefault(" ".join(filter(None, [method, extra])), []).append((sparsity, rows))
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -173,8 +174,12 @@ class Board:
                 places = [sparsity for sparsity, _ in points]
                 axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, label=name)
             else:
-                axes.plot(points[0][0], _mean(points[0][1], text.column), ".", color="lightgrey", zorder=0)
+                axes.plot(points[0][0], _mean(points[0][1], text.column), ".", color="grey", zorder=0, label=others)
+                others = None  # named once
         axes.set(xlabel="share of zeros", ylabel=f"perplexity, {text.name}", yscale="log")
+        axes.set_xticks(sorted({sparsity for sparsity, method, _ in self._methods() if method != DENSE}))
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(ScalarFormatter())
         axes.legend(fontsize="small")
         figure.savefig(self._folder / "perplexity.png", dpi=120)
 
