@@ -319,6 +319,8 @@ def main() -> None:
     cli.set_up_logging(quiet=False)
     keep_freed_memory(cli.KEPT)
     texts = [Text.parse(given) for given in options.eval_data]
+    if len({text.name for text in texts}) < len(texts):
+        raise RunError("--eval_data: two texts have one name; give names, NAME=DATA")
     board, runner = Board(options.save, texts, common), None
     configs = list(entries(options.list, common))
     for config in configs:

@@ -38,7 +38,7 @@ def common(here) -> list[str]:
 
 def board(here, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "script/leaderboard.py", str(here / "list.txt"), "--save", str(here / "out")]
-    texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"{here / 'words.txt'}:4"]
+    texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"fewer={here / 'words.txt'}:4"]
     return subprocess.run(
         [*command, *texts, "--", *common(here), *more], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -70,6 +70,14 @@ def test_each_run_is_what_the_command_gives(here, done, tmp_path):
         record = main.run(cli.parse([*flags, *row["settings"].split(), *common(here), *evaluation]))
         assert float(row["perplexity_words"]) == pytest.approx(record["perplexity"]["pruned"], rel=1e-4), row["run"]
         assert float(row["achieved"]) == pytest.approx(record["sparsity"]["achieved"], abs=1e-6)
+
+
+def test_texts_of_one_name_are_refused(here):
+    command = [sys.executable, "script/leaderboard.py", str(here / "list.txt"), "--save", str(here / "twice")]
+    texts = ["--eval_data", "pydoc:1", "pydoc:2"]
+    refused = subprocess.run([*command, *texts], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr == "leaderboard.py: error: --eval_data: two texts have one name; give names, NAME=DATA\n"
 
 
 def test_what_is_done_is_not_done_again(here, done):
