@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ranks
-from .model import LanguageModel, Matrix
+from .model import LanguageModel, Matrix, kept
 from .precision import mixed_precision
 from .progress import progress
 
@@ -27,17 +27,13 @@ def attribute(
     weights are left as they were found.
     """
     parts: dict[str, list[float]] = {matrix.name: [] for matrix in model.matrices}
-    before = {matrix: matrix.weight.clone() for matrix in model.matrices}
-    try:
+    with kept(model):
         for low, high in itertools.pairwise(path):
             for matrix in model.matrices:
                 matrix.write((low[matrix] + high[matrix]) / 2)
             changes = {matrix: high[matrix] - low[matrix] for matrix in model.matrices}
             for name, part in _products(model, changes, windows, batch_size).items():
                 parts[name].append(part)
-    finally:
-        for matrix, weight in before.items():
-            matrix.write(weight)
     return parts
 
 

@@ -234,6 +234,17 @@ def replaced_forward(module: nn.Module, forward):
             module.forward = own
 
 
+@contextmanager
+def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
+    """The prunable weights; whatever is done to the model's is undone in the end."""
+    weights = {matrix: matrix.weight.clone() for matrix in model.matrices}
+    try:
+        yield weights
+    finally:
+        for matrix, weight in weights.items():
+            matrix.write(weight)
+
+
 def matrix_inputs(module: nn.Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, int | None, Tensor]]:
     """What the matrices of a module read, from the arguments its forward was called with.
 

@@ -5,14 +5,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 
 from torch import Tensor
 
 from .allocation.budget import S_MAX
 from .attribution import attribute
 from .evaluate import perplexity
-from .model import LanguageModel
+from .model import LanguageModel, kept
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class Trials:
                 self._prune(dict.fromkeys((matrix.name for matrix in weights), level), self._windows)
                 path.append({matrix: matrix.weight.clone() for matrix in weights})
                 losses.append(self._loss(f"at {level:g}"))
-            parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
+        parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
         kappa = _growth(levels, losses)
         found = {
             "levels": levels, "losses": losses, "kappa": kappa, "calibration_windows": len(self._windows),
@@ -97,14 +96,3 @@ def _growth(levels: list[float], losses: list[float]) -> float:
         return KAPPA_LEAST
     below, above = (rise / width for rise, width in zip(rises, widths, strict=True))
     return max(KAPPA_LEAST, 2 * math.log(above / below) / sum(widths))
-
-
-@contextmanager
-def kept(model: LanguageModel):
-    """The prunable weights; whatever is done to the model's is undone in the end."""
-    weights = {matrix: matrix.weight.clone() for matrix in model.matrices}
-    try:
-        yield weights
-    finally:
-        for matrix, weight in weights.items():
-            matrix.write(weight)

@@ -13,7 +13,6 @@ import argparse
 import csv
 import itertools
 import logging
-import math
 import shlex
 import statistics
 import sys
@@ -35,12 +34,12 @@ from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
+from lib.model import kept
 from lib.plan import plan
 from lib.pruners import PRUNERS
 from lib.quality import allocation_scores
 from lib.sequential import prune_model
 from lib.stopwatch import Stopwatch
-from lib.trials import kept
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -298,12 +297,11 @@ class Runner:
         for event in events + planned["events"]:
             log.info("%s: %s", event["matrix"], event["message"])
         seconds = clock.seconds()
-        sizes = [math.prod(layer["shape"]) for layer in layers]
-        zeros = math.fsum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True))
         return {
             "run": run_key(config), "method": config.prune_method, "settings": settings(config),
             "sparsity": config.sparsity, "seed": config.seed, **found,
-            "achieved": f"{zeros / sum(sizes):.6f}", "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
+            "achieved": f"{results.share_of_zeros(layers):.6f}",
+            "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
             "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": peak_gb(),
         }  # fmt: skip
 

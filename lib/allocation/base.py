@@ -61,8 +61,8 @@ class Allocation:
     score         or a score of its own, of the dense model's weights and inputs
     needs         what of the inputs that score reads (lib/stats.py)
     options       the flags that are its parameters; the first is the one that `auto` chooses
-    measured      whether its scores come from pruning the model on trial (lib/search.py)
-    granular      whether --mapping_type matters: it goes through `by_mapping`
+    measured      whether its scores come from pruning the model on trial (lib/trials.py)
+    granular      whether --mapping_type matters
     """
 
     solve: Callable[[Problem], dict[str, float]]

@@ -12,6 +12,7 @@ from .run import (
     layer_records,
     prepare,
     run_folder,
+    share_of_zeros,
     summary,
     write_run,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "prepare",
     "run_folder",
     "save_checkpoint",
+    "share_of_zeros",
     "summary",
     "write_report",
     "write_run",

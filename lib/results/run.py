@@ -117,12 +117,13 @@ def by_block(layers: list[dict]) -> dict[int, list[dict]]:
 def _sparsity(config: RunConfig, layers: list[dict]) -> dict:
     return {
         "target": config.sparsity,
-        "achieved": _share_of_zeros(layers),
-        "blocks": [_share_of_zeros(block) for block in by_block(layers).values()],
+        "achieved": share_of_zeros(layers),
+        "blocks": [share_of_zeros(block) for block in by_block(layers).values()],
     }
 
 
-def _share_of_zeros(layers: list[dict]) -> float:
+def share_of_zeros(layers: list[dict]) -> float:
+    """Of all the weights in the layers of run.json."""
     sizes = [math.prod(layer["shape"]) for layer in layers]
     return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
