@@ -6,17 +6,13 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 import logging
 import sys
 
-from torch import Tensor
-
 from lib import cli, ranks, results
 from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import plan
-from lib.pruners import PRUNERS
-from lib.sequential import prune_model
+from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
 
 log = logging.getLogger("lib.main")
@@ -38,7 +34,6 @@ def run(config: RunConfig) -> dict:
 
 def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Allocate, prune, evaluate, save."""
-    pruner = PRUNERS[config.pruner]
     # The texts before the weights: a corpus that is missing or too short ends the run early.
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
@@ -79,16 +74,9 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if config.scored or config.plot:
         scores, portraits = score(config, model, clock, events)
 
-    def prune_to(targets: dict[str, float], windows: Tensor, **settings) -> None:
-        prune_model(
-            model, pruner.variant if config.use_variant else pruner, targets, config.pattern, windows,
-            batch_size=batch, asymmetry=config.asymmetry, **settings,
-        )  # fmt: skip
-
     with clock("allocate"):
         planned = remember(
-            "plan",
-            lambda: plan(config, model, scores, calibration, held_out, prune=prune_to, batch_size=batch, store=store),
+            "plan", lambda: plan(config, model, scores, calibration, held_out, batch_size=batch, store=store)
         )
     targets = planned["targets"]
     events += planned["events"]
@@ -98,7 +86,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         journal.reread(journal.done)
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
-    prune_to(targets, calibration, recovery=config.recover == "block", clock=clock, events=events, **resumable)
+    prune_to(
+        config, model, targets, calibration, batch_size=batch, recovery=config.recover == "block", clock=clock,
+        events=events, **resumable,
+    )  # fmt: skip
     if journal:
         journal.finish()
 

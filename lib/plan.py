@@ -1,6 +1,7 @@
 """From flags to a sparsity for every matrix: what the allocation reads is measured, and its parameter chosen."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ from .config import AUTO, RunConfig
 from .errors import RunError
 from .metrics import METRICS
 from .model import LanguageModel
+from .pruners import PRUNERS
 from .quality import allocation_scores
+from .sequential import prune_model
 from .trials import Trials
 
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # of a parameter's default, that `auto` tries
@@ -25,7 +28,6 @@ def plan(
     calibration: Tensor | None,
     held_out: Tensor | None = None,
     *,
-    prune: Callable[[Mapping[str, float], Tensor], None] | None = None,
     batch_size: int = 1,
     store: Store | None = None,
     remember: Callable[[str, Callable], object] = lambda _, measure: measure(),
@@ -33,12 +35,13 @@ def plan(
     """What the run will do to each matrix, ready for JSON: `targets` {name: sparsity}, `scores` {name: what the
     allocation read}, `search` (what was tried and what it cost, or None) and `events`.
 
-    metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, and `prune(targets,
-    windows)` prunes the model on trial; both are read where something is to be chosen (lib/trials.py).
+    metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, on which the model
+    pruned on trial is measured where something is to be chosen (lib/trials.py).
     `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
     own, of_blocks, search = {}, {}, None
+    prune = functools.partial(prune_to, config, model, batch_size=batch_size)
     if config.scored:
         metric = config.ww_metric[0]
         own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
@@ -61,6 +64,7 @@ def plan(
         blocks={matrix.name: matrix.block for matrix in model.matrices},
         shapes={matrix.name: matrix.shape for matrix in model.matrices},
         sparsity=config.sparsity, mapping=config.mapping_type, options=options, scores=own, block_scores=of_blocks,
+        kappa=search["kappa"] if search else 1.0,
     )  # fmt: skip
 
     name = next(iter(allocation.options), None)
@@ -75,6 +79,14 @@ def plan(
         search = {**(search or {}), **chosen, "seconds": chosen["seconds"] + (search or {}).get("seconds", 0.0)}
         options[name] = chosen["chosen"]
     targets = allocate(config.allocation, problem, config.pattern.group, events=events)
-    if allocation.measured:
-        own = {name: part for name, (part, _kappa) in own.items()}
     return {"targets": targets, "scores": own if allocation.granular else {}, "search": search, "events": events}
+
+
+def prune_to(
+    config: RunConfig, model: LanguageModel, targets: Mapping[str, float], windows: Tensor | None, **rest
+) -> None:
+    """`prune_model` with the flags' pruner, pattern and asymmetry; `rest` are its other arguments."""
+    pruner = PRUNERS[config.pruner]
+    if config.use_variant:
+        pruner = pruner.variant
+    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=config.asymmetry, **rest)

@@ -37,8 +37,8 @@ class Trials:
         self._model, self._prune, self._batch_size = model, prune, batch_size
         self._windows, self._held_out = calibration[: len(held_out)], held_out
 
-    def marginals(self, sparsity: float, group: int | None) -> tuple[dict[str, tuple[float, float]], dict]:
-        """matrix name -> (its part of the loss's rise around that uniform sparsity, kappa), and how they were found.
+    def marginals(self, sparsity: float, group: int | None) -> tuple[dict[str, float], dict]:
+        """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
 
         The model is pruned to a little less, to `sparsity` and to a little more; the loss on the windows held out is
         followed along the path through the three (lib/attribution.py), and what it gains on the second half against
@@ -55,12 +55,12 @@ class Trials:
                 path.append({matrix: matrix.weight.clone() for matrix in weights})
                 losses.append(self._loss(f"at {level:g}"))
         parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
-        kappa = _growth(levels, losses)
         found = {
-            "levels": levels, "losses": losses, "kappa": kappa, "calibration_windows": len(self._windows),
-            "held_out_windows": len(self._held_out), "seconds": time.perf_counter() - begin,
+            "levels": levels, "losses": losses, "kappa": _growth(levels, losses),
+            "calibration_windows": len(self._windows), "held_out_windows": len(self._held_out),
+            "seconds": time.perf_counter() - begin,
         }  # fmt: skip
-        return {name: (math.fsum(of_matrix), kappa) for name, of_matrix in parts.items()}, found
+        return {name: math.fsum(of_matrix) for name, of_matrix in parts.items()}, found
 
     def _loss(self, what: str) -> float:
         return math.log(perplexity(self._model, self._held_out, batch_size=self._batch_size, what=what))

@@ -35,10 +35,8 @@ from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
 from lib.model import kept
-from lib.plan import plan
-from lib.pruners import PRUNERS
+from lib.plan import plan, prune_to
 from lib.quality import allocation_scores
-from lib.sequential import prune_model
 from lib.stopwatch import Stopwatch
 
 log = logging.getLogger("lib.leaderboard")
@@ -263,7 +261,6 @@ class Runner:
     def run(self, config: RunConfig) -> dict:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
-        pruner = PRUNERS[config.pruner]
         windows = self._remember(
             "windows", config.seed, config.nsamples, config.held_out, config.calib_data,
             measure=lambda: calibration_windows(
@@ -273,25 +270,20 @@ class Runner:
         )  # fmt: skip
         calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
 
-        def prune_to(targets, windows, **options) -> None:
-            prune_model(
-                self._model, pruner.variant if config.use_variant else pruner, targets, config.pattern, windows,
-                batch_size=batch, asymmetry=config.asymmetry, **options,
-            )  # fmt: skip
-
         reset_peak()
         self._saved = 0.0
         with kept(self._model):
             with clock("allocate"):
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
-                    config, self._model, metrics, calibration, held_out, prune=prune_to, batch_size=batch,
+                    config, self._model, metrics, calibration, held_out, batch_size=batch,
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
                 prune_to(
-                    planned["targets"], calibration, recovery=config.recover == "block", clock=clock, events=events
-                )
+                    config, self._model, planned["targets"], calibration, batch_size=batch,
+                    recovery=config.recover == "block", clock=clock, events=events,
+                )  # fmt: skip
             found = self.evaluate(batch)
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))
         for event in events + planned["events"]:

@@ -247,8 +247,6 @@ def test_lamp_is_one_threshold_on_all_scores(sparsity):
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_every_granularity_meets_the_budget(method, mapping):
     scores, sizes = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0], [10, 20, 30, 10, 20, 30]
-    if ALLOCATIONS[method].measured:
-        scores = [(score, 5.0) for score in scores]
     case = with_options(problem(scores, sizes, 0.6, mapping=mapping, per_block=2))
     found = allocate(method, case)
     assert mean(found, case.sizes) == pytest.approx(0.6, abs=1e-9)
@@ -259,12 +257,12 @@ def test_every_granularity_meets_the_budget(method, mapping):
 # ---------------------------------------------------------------- search
 
 
-def measured(parts: list[float], mapping: str, kappa: float = 5.0, sparsity: float = 0.6) -> Problem:
+def measured(parts: list[float], mapping: str, sparsity: float = 0.6) -> Problem:
     """Two kinds, a small and a large one, in each of two blocks."""
     names, sizes = ["b.0.q", "b.0.d", "b.1.q", "b.1.d"], [10, 30, 10, 30]
     return Problem(
         dict(zip(names, sizes, strict=True)), dict(zip(names, (0, 0, 1, 1), strict=True)), sparsity,
-        {name: (part, kappa) for name, part in zip(names, parts, strict=True)}, mapping, options=OPTIONS,
+        dict(zip(names, parts, strict=True)), mapping, options=OPTIONS, kappa=5.0,
     )  # fmt: skip
 
 

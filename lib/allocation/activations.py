@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from ..stats import InputStats
-from .base import Problem, allocation, by_mapping
+from .base import Problem, allocation, around, by_mapping
 
 LSA_GROUP = 128  # columns pruned together
 
 
 def _keep_more(problem: Problem, scores: Mapping[str, float], sparsity: float, span: float) -> dict[str, float]:
-    """S + mean(keep) - keep with keep in [0, 2 span], growing with the score. Below zero it is cut off there."""
+    """S + mean(keep) - keep with keep in [0, 2 span], growing with the score."""
     low, high = min(scores.values()), max(scores.values())
     keep = {name: 2 * span * (score - low) / (high - low) for name, score in scores.items()}
-    mean = sum(keep[name] * problem.sizes[name] for name in keep) / sum(problem.sizes[name] for name in keep)
-    return {name: max(0.0, sparsity + mean - kept) for name, kept in keep.items()}
+    return around(sparsity, keep, problem.sizes)
 
 
 def _importance(scores: Mapping[str, float]) -> dict[str, float]:

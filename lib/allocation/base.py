@@ -25,6 +25,7 @@ class Problem:
     block_scores  of each block as a whole; where empty, the mean over its matrices
     shapes        (out, in) of each matrix (`er`)
     options       the allocations' parameters by their flags' names
+    kappa         how fast what the last removed weight costs grows with the sparsity (`search`)
     """
 
     sizes: Mapping[str, int]
@@ -35,6 +36,7 @@ class Problem:
     block_scores: Mapping[int, float] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     options: Mapping[str, float] = field(default_factory=dict)
+    kappa: float = 1.0
 
     def members(self) -> dict[int, list[str]]:
         """The names of each block's matrices."""
@@ -108,6 +110,12 @@ def by_mapping(
     for names in members.values():
         result |= solve({name: problem.scores[name] for name in names}, by_block[names[0]])
     return result
+
+
+def around(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """S + mean(keep) - keep, the mean weighted by `sizes`, cut off at zero: the larger `keep`, the less is removed."""
+    mean = sum(keep[name] * sizes[name] for name in keep) / sum(sizes[name] for name in keep)
+    return {name: max(0.0, sparsity + mean - kept) for name, kept in keep.items()}
 
 
 def allocate(
