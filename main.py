@@ -11,6 +11,7 @@ from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
+from lib.fisher import row_fisher
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
@@ -74,9 +75,15 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if config.scored or config.plot:
         scores, portraits = score(config, model, clock, events)
 
+    fisher = None
+    if config.fisher:
+        with clock("fisher"):
+            fisher = row_fisher(model, calibration)
+
     with clock("allocate"):
         planned = remember(
-            "plan", lambda: plan(config, model, scores, calibration, held_out, batch_size=batch, store=store)
+            "plan",
+            lambda: plan(config, model, scores, calibration, held_out, fisher=fisher, batch_size=batch, store=store),
         )
     targets = planned["targets"]
     events += planned["events"]
@@ -87,8 +94,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
     prune_to(
-        config, model, targets, calibration, batch_size=batch, recovery=config.recover == "block", clock=clock,
-        events=events, **resumable,
+        config, model, targets, calibration, fisher=fisher, batch_size=batch, recovery=config.recover == "block",
+        clock=clock, events=events, **resumable,
     )  # fmt: skip
     if journal:
         journal.finish()

@@ -68,6 +68,9 @@ class RunConfig:
         0.6, "how far *_search follows its measurements: 0 is uniform, 1 equal marginal losses; or auto"
     )
     asymmetry: float = _flag(0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1]")
+    fisher: float = _flag(
+        0.0, "sparsegpt and alps weigh each output's error by its Fisher information to this power, in [0, 1]"
+    )
     recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
     calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
@@ -125,7 +128,7 @@ class RunConfig:
             )
         for name, low, high in (
             ("epsilon", 0, 1), ("owl_lambda", 0, 1), ("dlp_alpha", 0, 1), ("lsa_alpha", 0, 1), ("ramp_beta", -1, 1),
-            ("search_strength", 0, 2), ("asymmetry", 0, 1),
+            ("search_strength", 0, 2), ("asymmetry", 0, 1), ("fisher", 0, 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value == AUTO:
@@ -173,14 +176,17 @@ class RunConfig:
             )
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
+        if self.stream and self.fisher:
+            raise RunError("--stream: holds one block at a time, while --fisher takes gradients of the whole model")
         if self.use_variant and PRUNERS[self.pruner].variant is None:
             known = ", ".join(name for name in PRUNERS if PRUNERS[name].variant)
             raise RunError(f"--use_variant: --prune_method {self.prune_method} has no variant; only {known} has")
         if self.use_variant and self.sparsity_type != "unstructured":
             raise RunError(f"--use_variant: is not defined for --sparsity_type {self.sparsity_type}")
-        if self.asymmetry and PRUNERS[self.pruner].needs != "gram":
-            known = ", ".join(name for name in PRUNERS if PRUNERS[name].needs == "gram")
-            raise RunError(f"--asymmetry {self.asymmetry:g}: is for {known}; {self.pruner} does not change weights")
+        for name in ("asymmetry", "fisher"):
+            if getattr(self, name) and PRUNERS[self.pruner].needs != "gram":
+                known = ", ".join(name for name in PRUNERS if PRUNERS[name].needs == "gram")
+                raise RunError(f"--{name} {getattr(self, name):g}: is for {known}, which minimise errors of outputs")
         if self.eval_dense and not self.eval_wikitext:
             raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
 
@@ -239,6 +245,8 @@ class RunConfig:
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
+        if self.pattern.group is not None:
+            unread += ["fisher"]  # N of every M are chosen within a row
         if not self.stream:
             unread += ["activation_memory", "restart"]
         return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
@@ -280,6 +288,8 @@ class RunConfig:
             parts.append(f"{'eps' if name == 'epsilon' else name}{value if value == AUTO else format(value, 'g')}")
         if self.asymmetry:
             parts.append(f"asymmetry{self.asymmetry:g}")
+        if self.fisher:
+            parts.append(f"fisher{self.fisher:g}")
         if self.recover != "none":
             parts.append(f"recover_{self.recover}")
         return "-".join([*parts, f"seed{self.seed}", digest])

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,6 +38,7 @@ def prune_model(
     commit: Callable[[int, dict[str, InputStats], list[dict]], None] | None = None,
     asymmetry: float = 0.0,
     recovery: bool = False,
+    row_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
 
@@ -45,7 +46,8 @@ def prune_model(
     of its input. Retries and fallbacks are appended to `events`. The first `done` blocks are pruned already and only
     run through; `commit(block, statistics, events)` is called when one more is. With `asymmetry` every matrix is first
     aimed at that part of the way to the dense model's output (lib/pruners/asymmetry.py); with `recovery` the weights
-    that every block has left are trained towards the dense block's output (lib/recovery.py). Raises RunError with the
+    that every block has left are trained towards the dense block's output (lib/recovery.py). row_weights, by matrix
+    name (out,), multiply each output's error in what the pruner minimises (lib/fisher.py). Raises RunError with the
     matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
@@ -66,8 +68,9 @@ def prune_model(
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
                 if owner == ranks.rank() and targets[matrix.name] > 0:
-                    target = targets[matrix.name]
-                    _prune_matrix(matrix, pruner, stats.get(matrix.name), target, pattern, asymmetry, found)
+                    rows = row_weights[matrix.name] if row_weights else None
+                    target, of_input = targets[matrix.name], stats.get(matrix.name)
+                    _prune_matrix(matrix, pruner, of_input, target, pattern, asymmetry, rows, found)
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))
         of_block |= stats
@@ -101,6 +104,7 @@ def _prune_matrix(
     target: float,
     pattern: Pattern,
     asymmetry: float,
+    rows: Tensor | None,
     events: list[dict],
 ) -> None:
     def note(message: str) -> None:
@@ -116,7 +120,11 @@ def _prune_matrix(
         weight = matrix.weight
         if asymmetry and stats is not None:
             weight = aim(weight, stats, asymmetry)
-        weight = pruner.prune(weight, stats, target, pattern)
+        if rows is None:
+            weight = pruner.prune(weight, stats, target, pattern)
+        else:
+            rows = rows.to(weight.device)[:, None]
+            weight = (pruner.prune(weight.float() * rows, stats, target, pattern) / rows).to(weight.dtype)
     except RunError as error:
         raise RunError(f"{matrix.name}: {error}") from error
     finally:

@@ -32,6 +32,7 @@ from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
+from lib.fisher import row_fisher
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
 from lib.model import kept
@@ -85,7 +86,7 @@ def settings(config: RunConfig) -> str:
     """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in ("ww_metric", *config.options, "mapping_type", "use_variant", "asymmetry", "recover")
+        for name in ("ww_metric", *config.options, "mapping_type", "use_variant", "asymmetry", "fisher", "recover")
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )
 
@@ -251,6 +252,10 @@ class Runner:
             ),
         )[config.allocation]  # fmt: skip
 
+    def _fisher(self, config: RunConfig, calibration: Tensor):
+        windows = (config.seed, config.nsamples, config.calib_data)
+        return self._remember("fisher", *windows, measure=lambda: row_fisher(self._model, calibration))
+
     def evaluate(self, batch_size: int) -> dict[str, str]:
         """Perplexity of the model as it stands on every text."""
         return {
@@ -273,15 +278,18 @@ class Runner:
         reset_peak()
         self._saved = 0.0
         with kept(self._model):
+            with clock("all of pruning"):
+                fisher = self._fisher(config, calibration) if config.fisher else None
+            shared, self._saved = self._saved, 0.0
             with clock("allocate"):
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
-                    config, self._model, metrics, calibration, held_out, batch_size=batch,
+                    config, self._model, metrics, calibration, held_out, fisher=fisher, batch_size=batch,
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
                 prune_to(
-                    config, self._model, planned["targets"], calibration, batch_size=batch,
+                    config, self._model, planned["targets"], calibration, fisher=fisher, batch_size=batch,
                     recovery=config.recover == "block", clock=clock, events=events,
                 )  # fmt: skip
             found = self.evaluate(batch)
@@ -294,7 +302,7 @@ class Runner:
             "sparsity": config.sparsity, "seed": config.seed, **found,
             "achieved": f"{results.share_of_zeros(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
-            "pruning_seconds": f"{seconds['all of pruning']:.1f}", "peak_memory_gb": peak_gb(),
+            "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}", "peak_memory_gb": peak_gb(),
         }  # fmt: skip
 
 

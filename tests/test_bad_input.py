@@ -75,6 +75,8 @@ CASES = [
     case("search without the whole model", "--prune_method wanda_search --stream --save_model o", "--stream", "whole"),
     case("asymmetry above 1", "--prune_method alps --asymmetry 1.5", "--asymmetry 1.5:", "[0, 1]"),
     case("asymmetry of wanda", "--asymmetry 0.2", "--asymmetry 0.2:", "sparsegpt, alps"),
+    case("fisher of wanda", "--fisher 0.5", "--fisher 0.5:", "sparsegpt, alps"),
+    case("fisher without the whole model", "--prune_method alps --fisher 1 --stream --save_model o", "--stream"),
     case("recovery", "--recover blocks", "--recover: 'blocks'", "did you mean 'block'?"),
     case("nothing left to hold out", "--prune_method wanda_search --nsamples 60", "--calib_data", "60 of --nsamples"),
     case("nsamples 0", "--nsamples 0", "--nsamples 0:", "at least 1"),

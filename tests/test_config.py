@@ -23,6 +23,7 @@ DECIDING = {
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
+    "fisher": 0.5,
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -110,8 +111,8 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
         ({"prune_method": "wanda", "seed": 3}, "wanda-0.5-seed3"),
         ({"epsilon": "auto"}, "wanda_ww-0.5-alpha_peak-epsauto-seed0"),
         (
-            {"prune_method": "alps", "asymmetry": 0.25, "search_strength": 1.0, "recover": "block"},
-            "alps-0.5-asymmetry0.25-recover_block-seed0",
+            {"prune_method": "alps", "asymmetry": 0.25, "search_strength": 1.0, "fisher": 0.5, "recover": "block"},
+            "alps-0.5-asymmetry0.25-fisher0.5-recover_block-seed0",
         ),
         ({"prune_method": "magnitude", "sparsity_type": "2:4"}, "magnitude-0.5-2of4-seed0"),
     ],
@@ -123,7 +124,7 @@ def test_run_name_is_readable(flags, readable, configure):
 @pytest.mark.parametrize("name", DECIDING)
 def test_run_name_tells_what_decides(name, configure):
     # with a method that has a variant, and an allocation beside which N:M may stand
-    method = {"prune_method": "sparsegpt_ww"} if name == "asymmetry" else {}
+    method = {"prune_method": "sparsegpt_ww"} if name in ("asymmetry", "fisher") else {}
     changed = configure(**{"save_model": "pruned", **method, name: DECIDING[name]})  # which a streamed run needs
     assert changed.run_name != configure(**method).run_name
 

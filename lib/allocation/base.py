@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import Registry
 from ..stats import InputStats
-from .budget import S_MAX, fit_budget, round_to_pattern
+from .budget import S_MAX, S_MIN, fit_budget, round_to_pattern
 
 MAPPINGS = ("block_wise", "layer_wise", "mixed")
 
@@ -113,9 +113,21 @@ def by_mapping(
 
 
 def around(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """S + mean(keep) - keep, the mean weighted by `sizes`, cut off at zero: the larger `keep`, the less is removed."""
-    mean = sum(keep[name] * sizes[name] for name in keep) / sum(sizes[name] for name in keep)
-    return {name: max(0.0, sparsity + mean - kept) for name, kept in keep.items()}
+    """clip(c - keep, S_MIN, S_MAX) with the c at which their mean, weighted by `sizes`, is `sparsity`, by bisection.
+
+    Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed.
+    """
+
+    def at(c: float) -> dict[str, float]:
+        return {name: min(S_MAX, max(S_MIN, c - kept)) for name, kept in keep.items()}
+
+    total = sum(sizes[name] for name in keep)
+    low, high = min(keep.values()), S_MAX + max(keep.values())
+    for _ in range(100):
+        middle = (low + high) / 2
+        removed = sum(share * sizes[name] for name, share in at(middle).items())
+        low, high = (middle, high) if removed < sparsity * total else (low, middle)
+    return at(high)
 
 
 def allocate(

@@ -1,0 +1,50 @@
+"""The loss's gradients with respect to the prunable weights, one parameter at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ranks
+from .model import LanguageModel, Matrix
+from .precision import mixed_precision
+from .progress import progress
+
+
+def visit_gradients(
+    model: LanguageModel, windows: Tensor, visit: Callable[[Matrix, Tensor], None], *, batch_size: int = 1
+) -> None:
+    """Call `visit(matrix, gradient)`, (out, in), of every matrix that a batch's loss depends on, batch by batch.
+
+    windows (n, seqlen) token ids, of which each rank takes its share; the loss is summed over their predicted tokens,
+    in nats. No gradient outlives the call that it is handed to.
+    """
+    readers: dict[torch.nn.Parameter, list[Matrix]] = {}
+    for matrix in model.matrices:
+        readers.setdefault(matrix.stored, []).append(matrix)
+
+    def reached(parameter: torch.nn.Parameter) -> None:
+        for matrix in readers[parameter]:
+            visit(matrix, matrix.view(parameter.grad))
+        parameter.grad = None
+
+    mine, hooks = ranks.mine(windows), []
+    try:
+        for parameter in readers:
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(reached))
+        with progress(None, "gradients", "window", total=len(mine)) as bar:
+            for batch in mine.split(batch_size):
+                tokens = batch.to(model.device)
+                with torch.enable_grad(), mixed_precision(model.model.dtype, model.device.type):
+                    logits = model.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+                    targets = tokens[:, 1:].flatten().to(logits.device)
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+                loss.backward()
+                bar.update(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in readers:
+            parameter.requires_grad_(False)
