@@ -64,7 +64,7 @@ def record_of(out: Path) -> dict:
         (3, "mixtral", "sparsegpt_ww", ["--stream"]),
         (2, "llama", "magnitude_ww", []),
         (2, "llama", "wanda_owl", ["--stream"]),
-        (2, "mixtral", "alps", ["--asymmetry", "0.5", "--recover", "block"]),
+        (2, "mixtral", "alps", ["--asymmetry", "0.5", "--fisher", "0.5", "--recover", "block"]),
         (2, "llama", "wanda_ww", ["--epsilon", "auto", "--nsamples", "12"]),
         (2, "llama", "wanda_search", ["--nsamples", "12"]),
     ],
