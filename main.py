@@ -11,7 +11,7 @@ from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
-from lib.fisher import row_fisher
+from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
@@ -75,15 +75,15 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if config.scored or config.plot:
         scores, portraits = score(config, model, clock, events)
 
-    fisher = None
+    rows = None
     if config.fisher:
         with clock("fisher"):
-            fisher = row_fisher(model, calibration)
+            rows = row_weights(row_fisher(model, calibration), config.fisher)
 
     with clock("allocate"):
         planned = remember(
             "plan",
-            lambda: plan(config, model, scores, calibration, held_out, fisher=fisher, batch_size=batch, store=store),
+            lambda: plan(config, model, scores, calibration, held_out, row_weights=rows, batch_size=batch, store=store),
         )
     targets = planned["targets"]
     events += planned["events"]
@@ -94,7 +94,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
     prune_to(
-        config, model, targets, calibration, fisher=fisher, batch_size=batch, recovery=config.recover == "block",
+        config, model, targets, calibration, row_weights=rows, batch_size=batch, recovery=config.recover == "block",
         clock=clock, events=events, **resumable,
     )  # fmt: skip
     if journal:

@@ -11,7 +11,6 @@ from .activations import Store
 from .allocation import ALLOCATIONS, Problem, allocate
 from .config import AUTO, RunConfig
 from .errors import RunError
-from .fisher import row_weights
 from .metrics import METRICS
 from .model import LanguageModel
 from .pruners import PRUNERS
@@ -29,7 +28,7 @@ def plan(
     calibration: Tensor | None,
     held_out: Tensor | None = None,
     *,
-    fisher: Mapping[str, Tensor] | None = None,
+    row_weights: Mapping[str, Tensor] | None = None,
     batch_size: int = 1,
     store: Store | None = None,
     remember: Callable[[str, Callable], object] = lambda _, measure: measure(),
@@ -38,12 +37,12 @@ def plan(
     allocation read}, `search` (what was tried and what it cost, or None) and `events`.
 
     metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, on which the model
-    pruned on trial is measured where something is to be chosen (lib/trials.py); fisher is for these prunings.
+    pruned on trial is measured where something is to be chosen (lib/trials.py); row_weights are for these prunings.
     `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
     own, of_blocks, search = {}, {}, None
-    prune = functools.partial(prune_to, config, model, fisher=fisher, batch_size=batch_size)
+    prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size)
     if config.scored:
         metric = config.ww_metric[0]
         own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
@@ -89,15 +88,10 @@ def prune_to(
     model: LanguageModel,
     targets: Mapping[str, float],
     windows: Tensor | None,
-    *,
-    fisher: Mapping[str, Tensor] | None = None,
     **rest,
 ) -> None:
-    """`prune_model` as the flags say, `fisher` (lib/fisher.py) to the flag's power; `rest` are its other arguments."""
+    """`prune_model` with the flags' pruner, pattern and asymmetry; `rest` are its other arguments."""
     pruner = PRUNERS[config.pruner]
     if config.use_variant:
         pruner = pruner.variant
-    rows = row_weights(fisher, config.fisher) if fisher else None
-    prune_model(
-        model, pruner, targets, config.pattern, windows, asymmetry=config.asymmetry, row_weights=rows, **rest
-    )  # fmt: skip
+    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=config.asymmetry, **rest)

@@ -32,7 +32,7 @@ from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
-from lib.fisher import row_fisher
+from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
 from lib.model import kept
@@ -279,17 +279,17 @@ class Runner:
         self._saved = 0.0
         with kept(self._model):
             with clock("all of pruning"):
-                fisher = self._fisher(config, calibration) if config.fisher else None
+                rows = row_weights(self._fisher(config, calibration), config.fisher) if config.fisher else None
             shared, self._saved = self._saved, 0.0
             with clock("allocate"):
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
-                    config, self._model, metrics, calibration, held_out, fisher=fisher, batch_size=batch,
+                    config, self._model, metrics, calibration, held_out, row_weights=rows, batch_size=batch,
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
                 prune_to(
-                    config, self._model, planned["targets"], calibration, fisher=fisher, batch_size=batch,
+                    config, self._model, planned["targets"], calibration, row_weights=rows, batch_size=batch,
                     recovery=config.recover == "block", clock=clock, events=events,
                 )  # fmt: skip
             found = self.evaluate(batch)
