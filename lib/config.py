@@ -170,14 +170,11 @@ class RunConfig:
             return
         if self.stream and self.save_model is None:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
-        if self.stream and self.held_out:
-            raise RunError(
-                "--stream: holds one block at a time, while _search and auto parameters try prunings of the whole model"
-            )
+        if self.stream and (self.held_out or self.fisher):
+            why = "--fisher takes gradients" if self.fisher else "_search and auto parameters try prunings"
+            raise RunError(f"--stream: holds one block at a time, while {why} of the whole model")
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
-        if self.stream and self.fisher:
-            raise RunError("--stream: holds one block at a time, while --fisher takes gradients of the whole model")
         if self.use_variant and PRUNERS[self.pruner].variant is None:
             known = ", ".join(name for name in PRUNERS if PRUNERS[name].variant)
             raise RunError(f"--use_variant: --prune_method {self.prune_method} has no variant; only {known} has")

@@ -91,6 +91,12 @@ class InputStats:
         return self._derived[function]
 
 
+def wanda_scores(weight: Tensor, stats: InputStats | None) -> Tensor:
+    """|W_ij| * ||X_j||_2 (Wanda, arXiv 2306.11695, eq. 1), float32 (out, in); of an input that saw no token |W_ij|."""
+    size = weight.abs().float()
+    return size if stats is None else size * stats.sum_squares.sqrt().to(weight.device)
+
+
 def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
     """gram += x^T x on the upper triangle, in column blocks: 5/8 of the full product's arithmetic.
 

@@ -96,6 +96,11 @@ def run_key(config: RunConfig) -> str:
     return " ".join(filter(None, [config.prune_method, f"{config.sparsity:g}", f"seed{config.seed}", settings(config)]))
 
 
+def _windows_of(config: RunConfig) -> tuple:
+    """What the calibration windows depend on, but for how many more are held out."""
+    return config.seed, config.nsamples, config.calib_data
+
+
 class Board:
     """The runs that are done, kept in a folder as runs.csv, table.md and perplexity.png."""
 
@@ -242,19 +247,17 @@ class Runner:
 
     def _shared(self, config: RunConfig, calibration: Tensor, batch: int, key: str, measure):
         """What `plan` measures, from the one pass over the dense model where it is an allocation's own scores."""
-        windows = (config.seed, config.nsamples, config.calib_data)
         if not ALLOCATIONS[config.allocation].score:
-            return self._remember(key, *windows, measure=measure)
+            return self._remember(key, *_windows_of(config), measure=measure)
         return self._remember(
-            "scores", config.mapping_type, config.owl_m, *windows,
+            "scores", config.mapping_type, config.owl_m, *_windows_of(config),
             measure=lambda: allocation_scores(
                 self._model, self._scoring, calibration, config.options, config.mapping_type, batch_size=batch
             ),
         )[config.allocation]  # fmt: skip
 
     def _fisher(self, config: RunConfig, calibration: Tensor):
-        windows = (config.seed, config.nsamples, config.calib_data)
-        return self._remember("fisher", *windows, measure=lambda: row_fisher(self._model, calibration))
+        return self._remember("fisher", *_windows_of(config), measure=lambda: row_fisher(self._model, calibration))
 
     def evaluate(self, batch_size: int) -> dict[str, str]:
         """Perplexity of the model as it stands on every text."""
@@ -267,7 +270,7 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._remember(
-            "windows", config.seed, config.nsamples, config.held_out, config.calib_data,
+            "windows", config.held_out, *_windows_of(config),
             measure=lambda: calibration_windows(
                 config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
                 held_out=config.held_out,

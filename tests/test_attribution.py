@@ -4,14 +4,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
 
-from lib import LanguageModel, precision
+from lib import LanguageModel
 from lib.attribution import attribute
 from lib.evaluate import perplexity
 
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+pytestmark = pytest.mark.usefixtures("exact_gradients")
 
 
 def smooth(architecture: str) -> LanguageModel:

@@ -4,14 +4,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
 
-from lib import PRUNERS, LanguageModel, Pattern, precision, prune_model
+from lib import PRUNERS, LanguageModel, Pattern, prune_model
 from lib.fisher import LEAST, row_fisher, row_weights
 from lib.sequential import walk
 
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+pytestmark = pytest.mark.usefixtures("exact_gradients")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..stats import InputStats
-from .base import Problem, allocation, around, by_mapping
+from ..stats import InputStats, wanda_scores
+from .base import Problem, allocation, by_mapping
+from .budget import around
 
 LSA_GROUP = 128  # columns pruned together
 
@@ -28,15 +29,9 @@ def _importance(scores: Mapping[str, float]) -> dict[str, float]:
     return {name: 1 - score / total for name, score in scores.items()}
 
 
-def wanda_scores(weight: Tensor, stats: InputStats | None) -> Tensor:
-    """|W_ij| * ||X_j||_2, flat; of an input that saw no token |W_ij|."""
-    size = weight.abs().float()
-    return (size if stats is None else size * stats.sum_squares.sqrt().to(weight.device)).flatten()
-
-
 def outliers(matrices: Sequence[tuple[Tensor, InputStats | None]], options: Mapping[str, float]) -> float:
     """Percentage of the entries of |W| * ||X||_2 above `owl_m` times their mean."""
-    scores = torch.cat([wanda_scores(*matrix) for matrix in matrices])
+    scores = torch.cat([wanda_scores(*matrix).flatten() for matrix in matrices])
     return 100 * float((scores > options["owl_m"] * scores.mean()).float().mean())
 
 
@@ -49,7 +44,7 @@ def owl(problem: Problem) -> dict[str, float]:
 
 def median_score(matrices: Sequence[tuple[Tensor, InputStats | None]], _options: Mapping[str, float]) -> float:
     """Median of the entries of |W| * ||X||_2, as in the paper (the published code takes the mean)."""
-    return float(torch.cat([wanda_scores(*matrix) for matrix in matrices]).median())
+    return float(torch.cat([wanda_scores(*matrix).flatten() for matrix in matrices]).median())
 
 
 @allocation("dlp", score=median_score, needs="diagonal", options=("dlp_alpha",), granular=True)

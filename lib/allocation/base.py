@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..registry import Registry
 from ..stats import InputStats
-from .budget import S_MAX, S_MIN, fit_budget, round_to_pattern
+from .budget import S_MAX, round_to_pattern
 
 MAPPINGS = ("block_wise", "layer_wise", "mixed")
 
@@ -85,9 +85,9 @@ def allocation(name: str, **properties):
 
 
 def by_mapping(
-    problem: Problem, ratios_of: Callable[[Mapping[str, float], float], dict[str, float]]
+    problem: Problem, sparsities_of: Callable[[Mapping[str, float], float], dict[str, float]]
 ) -> dict[str, float]:
-    """Sparsities in proportion to `ratios_of(scores, mean sparsity)`, at the problem's granularity and budget.
+    """`sparsities_of(scores, mean sparsity)`, which meet that mean, at the problem's granularity.
 
     block_wise  of the blocks' scores
     layer_wise  of the matrices' own
@@ -97,7 +97,7 @@ def by_mapping(
     def solve(scores: Mapping[str, float], sparsity: float) -> dict[str, float]:
         if min(scores.values()) == max(scores.values()):
             return dict.fromkeys(scores, sparsity)
-        return fit_budget(ratios_of(scores, sparsity), problem.sizes, sparsity)
+        return sparsities_of(scores, sparsity)
 
     if problem.mapping == "layer_wise":
         return solve(problem.scores, problem.sparsity)
@@ -110,24 +110,6 @@ def by_mapping(
     for names in members.values():
         result |= solve({name: problem.scores[name] for name in names}, by_block[names[0]])
     return result
-
-
-def around(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """clip(c - keep, S_MIN, S_MAX) with the c at which their mean, weighted by `sizes`, is `sparsity`, by bisection.
-
-    Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed.
-    """
-
-    def at(c: float) -> dict[str, float]:
-        return {name: min(S_MAX, max(S_MIN, c - kept)) for name, kept in keep.items()}
-
-    total = sum(sizes[name] for name in keep)
-    low, high = min(keep.values()), S_MAX + max(keep.values())
-    for _ in range(100):
-        middle = (low + high) / 2
-        removed = sum(share * sizes[name] for name, share in at(middle).items())
-        low, high = (middle, high) if removed < sparsity * total else (low, middle)
-    return at(high)
 
 
 def allocate(

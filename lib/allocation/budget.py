@@ -1,4 +1,4 @@
-"""The exact budget: ratios to sparsities whose parameter-weighted mean is the target."""
+"""The exact budget: sparsities whose parameter-weighted mean is the target, by a factor or by a shift."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,13 +38,39 @@ def fit_budget(
         bound, names = (s_max, over) if excess >= lack else (s_min, under)
         fixed |= dict.fromkeys(names, bound)
     result = {name: fixed[name] if name in fixed else ratios[name] * scale for name in ratios}
-    reached = sum(result[name] * sizes[name] for name in ratios)
-    if abs(reached - budget) > 1e-9 * sum(sizes[name] for name in ratios):
+    return _reaching(sparsity, result, sizes, s_min, s_max)
+
+
+def around(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """clip(c - keep, S_MIN, S_MAX) with the c at which their mean, weighted by `sizes`, is `sparsity`, by bisection.
+
+    Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed. Raises RunError
+    where no c reaches S.
+    """
+
+    def at(c: float) -> dict[str, float]:
+        return {name: min(S_MAX, max(S_MIN, c - kept)) for name, kept in keep.items()}
+
+    total = sum(sizes[name] for name in keep)
+    low, high = min(keep.values()), S_MAX + max(keep.values())
+    for _ in range(100):
+        middle = (low + high) / 2
+        removed = sum(share * sizes[name] for name, share in at(middle).items())
+        low, high = (middle, high) if removed < sparsity * total else (low, middle)
+    return _reaching(sparsity, at(high), sizes, S_MIN, S_MAX)
+
+
+def _reaching(
+    sparsity: float, found: dict[str, float], sizes: Mapping[str, int], s_min: float, s_max: float
+) -> dict[str, float]:
+    """What was found, unless its mean is not the sparsity."""
+    total = sum(sizes[name] for name in found)
+    if abs(sum(share * sizes[name] for name, share in found.items()) - sparsity * total) > 1e-9 * total:
         raise RunError(
             f"--sparsity_ratio {sparsity:g}: cannot be reached with every matrix between {s_min:g} and {s_max:g}; "
             "ask for less, or for a smaller --epsilon"
         )
-    return result
+    return found
 
 
 def round_to_pattern(

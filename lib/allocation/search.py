@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .base import Problem, allocation, around, by_mapping
+from .base import Problem, allocation, by_mapping
+from .budget import around
 
 LEAST = 0.2  # of the median: what a block's or kind's worth is taken to be at least
 ROUNDS = 50

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from .base import Problem, allocation, by_mapping
+from .budget import fit_budget
 
 
 @allocation("ww", needs_scores=True, options=("epsilon",), granular=True)
@@ -11,8 +12,9 @@ def ww(problem: Problem) -> dict[str, float]:
 
     epsilon = problem.options["epsilon"]
 
-    def ratios(scores: Mapping[str, float], _sparsity: float) -> dict[str, float]:
+    def sparsities(scores: Mapping[str, float], sparsity: float) -> dict[str, float]:
         low, high = min(scores.values()), max(scores.values())
-        return {name: 1 - epsilon + 2 * epsilon * (score - low) / (high - low) for name, score in scores.items()}
+        ratios = {name: 1 - epsilon + 2 * epsilon * (score - low) / (high - low) for name, score in scores.items()}
+        return fit_budget(ratios, problem.sizes, sparsity)
 
-    return by_mapping(problem, ratios)
+    return by_mapping(problem, sparsities)

@@ -5,13 +5,8 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..masks import Pattern, lowest_of_matrix, lowest_of_rows
-from ..stats import InputStats
+from ..stats import InputStats, wanda_scores
 from .base import Pruner, mask_of, pruner
-
-
-def scores(weight: Tensor, stats: InputStats) -> Tensor:
-    """|W_ij| * ||X_j||_2, eq. 1, float32 (out, in)."""
-    return weight.abs().float() * stats.sum_squares.sqrt().to(weight.device)
 
 
 def wanda_variant(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -> Tensor:
@@ -22,7 +17,7 @@ def wanda_variant(weight: Tensor, stats: InputStats, sparsity: float, pattern: P
     """
     if pattern.group is not None:
         raise RunError("--use_variant: is defined for --sparsity_type unstructured only")
-    ordered, order = scores(weight, stats).sort(dim=1)
+    ordered, order = wanda_scores(weight, stats).sort(dim=1)
     cumulative = ordered.double().cumsum(1)
     share = cumulative / cumulative[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # (out, in), rising in a row
     removed = lowest_of_matrix(share, sparsity)
@@ -32,4 +27,4 @@ def wanda_variant(weight: Tensor, stats: InputStats, sparsity: float, pattern: P
 @pruner("wanda", needs="diagonal", variant=Pruner(wanda_variant, "diagonal"))
 def wanda(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -> Tensor:
     """Remove the lowest |W_ij| * ||X_j||_2 of each row; the weights that stay are untouched."""
-    return weight.masked_fill(mask_of(scores(weight, stats), sparsity, pattern, lowest_of_rows), 0)
+    return weight.masked_fill(mask_of(wanda_scores(weight, stats), sparsity, pattern, lowest_of_rows), 0)
