@@ -121,8 +121,8 @@ def test_a_shift_meets_the_budget_by_hand():
     # keep = 0, 0.2, 0.6 with sizes 1, 1, 2 at S = 0.5: mean(keep) is 0.35.
     sizes = {"a": 1, "b": 1, "c": 2}
     assert list(around(0.5, {"a": 0, "b": 0.2, "c": 0.6}, sizes).values()) == pytest.approx([0.85, 0.65, 0.25])
-    # keep = 0, 0, 1: with the shift of 1 that nothing held back would ask for, a and b would lose all; held at 0.99 they
-    # leave 0.02 for the two of c.
+    # keep = 0, 0, 1: with the shift of 1 that nothing held back would ask for, a and b would lose all; held at 0.99
+    # they leave 0.02 for the two of c.
     assert list(around(0.5, {"a": 0, "b": 0, "c": 1}, sizes).values()) == pytest.approx([0.99, 0.99, 0.01])
     with pytest.raises(RunError, match="--sparsity_ratio"):
         around(0.995, {"a": 0, "b": 0, "c": 0}, sizes)
