@@ -208,10 +208,10 @@ class RunConfig:
 
     @property
     def held_out(self) -> int:
-        """Calibration windows beside --nsamples on which the allocation is chosen: a quarter of it, or none."""
+        """Calibration windows beside --nsamples on which the allocation is chosen: half as many, or none."""
         allocation = ALLOCATIONS[self.allocation]
         chosen = allocation.measured or AUTO in [self.options[name] for name in allocation.options]
-        return -(-self.nsamples // 4) if chosen else 0
+        return -(-self.nsamples // 2) if chosen else 0
 
     @property
     def options(self) -> dict[str, float | str]:

@@ -1,5 +1,8 @@
 """Attribution of a change of the loss to matrices: complete, and left no trace."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
@@ -7,6 +10,7 @@ from tiny import tiny_model, tiny_tokens
 from lib import LanguageModel
 from lib.attribution import attribute
 from lib.evaluate import perplexity
+from lib.trials import KAPPA_LEAST, growth
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
 
@@ -58,3 +62,15 @@ def test_a_matrix_that_moves_alone_accounts_for_all(architecture):
         change = loss_at(model, path[1], tokens) - loss_at(model, path[0], tokens)
         assert parts.pop(matrix.name) == [pytest.approx(change, rel=0.02, abs=2e-6)]
         assert all(part == [0.0] for part in parts.values())
+
+
+@pytest.mark.parametrize(("levels", "error"), [([0.5, 0.6, 0.7], 1e-9), ([0.7, 0.8, 0.99], 0.04)])
+def test_the_growth_of_an_exponential_is_its_exponent(levels, error):
+    """Exactly where the steps are equal."""
+    rises = [math.exp(5 * high) - math.exp(5 * low) for low, high in itertools.pairwise(levels)]
+    assert growth(levels, rises) == pytest.approx(5, rel=error)
+
+
+@pytest.mark.parametrize("rises", [[0.3, 0.3], [0.3, 0.2], [-0.1, 0.3], [0.3, 0.0]])
+def test_a_growth_that_noise_hides_is_the_least(rises):
+    assert growth([0.5, 0.6, 0.7], rises) == KAPPA_LEAST
