@@ -1,5 +1,6 @@
 """Two and three processes through the real launcher: the same sparsities, the same perplexity, and no hang."""
 
+import contextlib
 import json
 import os
 import signal
@@ -51,6 +52,15 @@ def launched(processes: int, arguments: list[str], **options) -> subprocess.Comp
     return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
+def running_ranks(job: subprocess.Popen) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(job.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher's helpers come and go
+            if "main.py" in process.cmdline():
+                found.append(process)
+    return found
+
+
 def record_of(out: Path) -> dict:
     return json.loads(next(out.rglob("run.json")).read_text())
 
@@ -82,10 +92,11 @@ def test_ranks_share_the_work_and_not_the_result(processes, model, method, more,
         transformers.AutoModelForCausalLM.from_pretrained(out / "pruned")
     one, several = records
     assert several["perplexity"]["pruned"] == pytest.approx(one["perplexity"]["pruned"], rel=1e-3)
-    assert [layer["sparsity"] for layer in several["layers"]] == [layer["sparsity"] for layer in one["layers"]]
-    assert [layer["target_sparsity"] for layer in several["layers"]] == pytest.approx(
-        [layer["target_sparsity"] for layer in one["layers"]]
-    )
+    # What search measures comes from gradients in bfloat16, which round otherwise in other batches.
+    within = 1e-3 if method.endswith("_search") else 0
+    for what, rounding in (("sparsity", 0), ("target_sparsity", 1e-6)):
+        values = [layer[what] for layer in one["layers"]]
+        assert [layer[what] for layer in several["layers"]] == pytest.approx(values, rel=0, abs=within + rounding)
     assert (one["environment"]["processes"], several["environment"]["processes"]) == (1, processes)
 
 
@@ -117,7 +128,7 @@ def test_a_dead_rank_ends_the_job_and_others_go_on(places, tmp_path):
     )
     ranks_of_job, deadline = [], time.time() + 100
     while not list(tmp_path.rglob("block-00000.json")) and time.time() < deadline:
-        ranks_of_job = [p for p in psutil.Process(job.pid).children(recursive=True) if "main.py" in p.cmdline()]
+        ranks_of_job = running_ranks(job)
         time.sleep(0.01)
     assert len(ranks_of_job) == 2
     ranks_of_job[1].send_signal(signal.SIGKILL)
