@@ -158,11 +158,14 @@ class Board:
         self._draw()
 
     def _draw(self) -> None:
-        """Perplexity against sparsity: a curve for every method that was run at several, a grey dot for the others."""
-        from matplotlib.figure import Figure  # takes a second to import
-        from matplotlib.ticker import ScalarFormatter
+        """Perplexity against sparsity: a curve for every method that was run at several, a grey dot for the others.
 
-        text, curves, others = self._texts[0], {}, "others, at one sparsity"
+        The frame is that of the curves: what is more than twice above them is in the table only.
+        """
+        from matplotlib.figure import Figure  # takes a second to import
+        from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+        text, curves, others, highest = self._texts[0], {}, "others, at one sparsity", 0.0
         for (sparsity, method, extra), rows in self._methods().items():
             curves.setdefault(" ".join(filter(None, [method, extra])), []).append((sparsity, rows))
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -174,6 +177,7 @@ class Board:
                 means = [_mean(rows, text.column) for _, rows in points]
                 low = [mean - min(_values(rows, text.column)) for mean, (_, rows) in zip(means, points, strict=True)]
                 high = [max(_values(rows, text.column)) - mean for mean, (_, rows) in zip(means, points, strict=True)]
+                highest = max(highest, *means)
                 places = [sparsity for sparsity, _ in points]
                 axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, label=name)
             else:
@@ -181,8 +185,11 @@ class Board:
                 others = None  # named once
         axes.set(xlabel="share of zeros", ylabel=f"perplexity, {text.name}", yscale="log")
         axes.set_xticks(sorted({sparsity for sparsity, method, _ in self._methods() if method != DENSE}))
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(ScalarFormatter())
+        if highest:
+            axes.set_ylim(top=2 * highest)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.legend(fontsize="small")
         figure.savefig(self._folder / "perplexity.png", dpi=120)
 
