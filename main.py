@@ -15,6 +15,7 @@ from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
+from lib.trials import on_trial
 
 log = logging.getLogger("lib.main")
 
@@ -47,7 +48,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
                 held_out=config.held_out,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
-            ranks.enough("--nsamples", held_out if config.held_out else calibration)
+            ranks.enough("--nsamples", on_trial(calibration, held_out) if config.held_out else calibration)
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
             ranks.enough("--eval_windows", evaluation)

@@ -19,11 +19,16 @@ STEP = 0.1  # of sparsity, between prunings on trial; with N:M it is 1/M
 KAPPA_LEAST = 3.0  # measured: 4 to 6
 
 
+def on_trial(calibration: Tensor, held_out: Tensor) -> Tensor:
+    """The calibration windows that a trial reads: half as many as are held out."""
+    return calibration[: -(-len(held_out) // 2)]
+
+
 class Trials:
     """Prunes with `prune(targets, windows)`, measures the perplexity on `held_out` windows and undoes it.
 
-    Each trial reads half as many calibration windows as are held out, a quarter of the run's own. Holds a copy of the
-    prunable weights.
+    Each trial reads the calibration windows of `on_trial`, a quarter of the run's own. Holds a copy of the prunable
+    weights.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class Trials:
         batch_size: int,
     ):
         self._model, self._prune, self._batch_size = model, prune, batch_size
-        self._windows, self._held_out = calibration[: -(-len(held_out) // 2)], held_out
+        self._windows, self._held_out = on_trial(calibration, held_out), held_out
 
     def marginals(self, sparsity: float, group: int | None) -> tuple[dict[str, float], dict]:
         """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.

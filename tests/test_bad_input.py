@@ -326,11 +326,12 @@ def environment(places: dict[str, str], more: dict[str, str]) -> dict[str, str]:
 # without Python's clearing up: the two are nearly all of such a command's time. The libraries read the hub's settings
 # when they are imported, and so does datasets, which is why it is not among them, whether it may show bars.
 FORKING = """
-import json, os, runpy, sys
+import json, os, runpy, signal, sys
 import main, transformers.models.llama.modeling_llama
 for line in sys.stdin:
     flags, out, err = json.loads(line)
     if not (child := os.fork()):
+        signal.alarm(200)
         os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY), 1)
         os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
         sys.argv = ["main.py", *flags]
@@ -346,9 +347,8 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def run_command(places):
     """(case, its places) -> the finished process of `python main.py` with the case's flags."""
-    forking = subprocess.Popen(
-        [sys.executable, "-c", FORKING], cwd=ROOT, env=environment(places, HUB_OFF), stdin=-1, stdout=-1, text=True
-    )
+    command, env = [sys.executable, "-c", FORKING], environment(places, HUB_OFF)
+    forking = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(case: Case, places: dict[str, str]) -> subprocess.CompletedProcess:
         (out := Path(places["out"])).mkdir()
