@@ -48,10 +48,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
                 held_out=config.held_out,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
-            ranks.enough("--nsamples", on_trial(calibration, held_out) if config.held_out else calibration)
+            ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
         if config.eval_wikitext:
             evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
-            ranks.enough("--eval_windows", evaluation)
+            ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
         if config.stream:
             model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
             model.load_rest()
@@ -95,8 +95,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
     prune_to(
-        config, model, targets, calibration, row_weights=rows, batch_size=batch, recovery=config.recover == "block",
-        clock=clock, events=events, **resumable,
+        config, model, targets, planned["asymmetry"], calibration, row_weights=rows, batch_size=batch,
+        recovery=config.recover == "block", clock=clock, events=events, **resumable,
     )  # fmt: skip
     if journal:
         journal.finish()
@@ -104,7 +104,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
     layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
     measured = None
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["search"])
+    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["searches"])
     folder = results.write_run(config, record)  # once now, so that nothing is lost if what follows fails
     if config.save_model and not journal:
         with clock("save"):
@@ -115,7 +115,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen, "windows": len(evaluation),
             "tokens": evaluation.numel(), "dense": dense, "pruned": evaluate("pruned"),
         }  # fmt: skip
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["search"])
+    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["searches"])
     results.write_run(config, record)
     results.append_result(config, record)
     if config.plot:

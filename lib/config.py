@@ -19,7 +19,7 @@ from .pruners import PRUNERS
 from .registry import unknown_name
 
 RECOVERIES = ("none", "block")
-AUTO = "auto"  # for an allocation's parameter: chosen on held-out calibration windows
+AUTO = "auto"  # chosen on held-out calibration windows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
@@ -67,7 +67,9 @@ class RunConfig:
     search_strength: float | str = _flag(
         0.6, "how far *_search follows its measurements: 0 is uniform, 1 equal marginal losses; or auto"
     )
-    asymmetry: float = _flag(0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1]")
+    asymmetry: float | str = _flag(
+        0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1], or auto"
+    )
     fisher: float = _flag(
         0.0, "sparsegpt and alps weigh each output's error by its Fisher information to this power, in [0, 1]"
     )
@@ -183,7 +185,9 @@ class RunConfig:
         for name in ("asymmetry", "fisher"):
             if getattr(self, name) and PRUNERS[self.pruner].needs != "gram":
                 known = ", ".join(name for name in PRUNERS if PRUNERS[name].needs == "gram")
-                raise RunError(f"--{name} {getattr(self, name):g}: is for {known}, which minimise errors of outputs")
+                raise RunError(
+                    f"--{name} {_readable(getattr(self, name))}: is for {known}, which minimise errors of outputs"
+                )
         if self.eval_dense and not self.eval_wikitext:
             raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
 
@@ -208,10 +212,10 @@ class RunConfig:
 
     @property
     def held_out(self) -> int:
-        """Calibration windows beside --nsamples on which the allocation is chosen: half as many, or none."""
+        """Calibration windows beside --nsamples on which something is chosen: half as many, or none."""
         allocation = ALLOCATIONS[self.allocation]
-        chosen = allocation.measured or AUTO in [self.options[name] for name in allocation.options]
-        return -(-self.nsamples // 2) if chosen else 0
+        auto = AUTO in [self.asymmetry, *(self.options[name] for name in allocation.options)]
+        return -(-self.nsamples // 2) if allocation.measured or auto else 0
 
     @property
     def options(self) -> dict[str, float | str]:
@@ -281,15 +285,18 @@ class RunConfig:
         if self.scored:
             parts += self.ww_metric
         for name in ALLOCATIONS[self.allocation].options:
-            value = getattr(self, name)
-            parts.append(f"{'eps' if name == 'epsilon' else name}{value if value == AUTO else format(value, 'g')}")
+            parts.append(f"{'eps' if name == 'epsilon' else name}{_readable(getattr(self, name))}")
         if self.asymmetry:
-            parts.append(f"asymmetry{self.asymmetry:g}")
+            parts.append(f"asymmetry{_readable(self.asymmetry)}")
         if self.fisher:
             parts.append(f"fisher{self.fisher:g}")
         if self.recover != "none":
             parts.append(f"recover_{self.recover}")
         return "-".join([*parts, f"seed{self.seed}", digest])
+
+
+def _readable(value: float | str) -> str:
+    return value if value == AUTO else f"{value:g}"
 
 
 def flag_of(item) -> str:

@@ -18,7 +18,9 @@ from .quality import allocation_scores
 from .sequential import prune_model
 from .trials import Trials
 
-FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)  # of a parameter's default, that `auto` tries
+# What `auto` tries: of an allocation's parameter, in multiples of its default; and of --asymmetry.
+FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+ASYMMETRIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def plan(
@@ -33,16 +35,23 @@ def plan(
     store: Store | None = None,
     remember: Callable[[str, Callable], object] = lambda _, measure: measure(),
 ) -> dict:
-    """What the run will do to each matrix, ready for JSON: `targets` {name: sparsity}, `scores` {name: what the
-    allocation read}, `search` (what was tried and what it cost, or None) and `events`.
+    """What the run will do to each matrix, ready for JSON: `targets` {name: sparsity} and `asymmetry`, `scores` {name:
+    what the allocation read}, `searches` (for each thing chosen, what was tried and what it cost) and `events`.
 
     metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, on which the model
     pruned on trial is measured where something is to be chosen (lib/trials.py); row_weights are for these prunings.
     `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
-    own, of_blocks, search = {}, {}, None
-    prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size)
+    own, of_blocks, kappa, asymmetry, searches = {}, {}, 1.0, config.asymmetry, []
+    trials = None
+    if config.held_out:
+        prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size)
+        trials = Trials(model, prune, calibration, held_out, batch_size)
+    if asymmetry == AUTO:
+        uniform = dict.fromkeys((matrix.name for matrix in model.matrices), config.sparsity)
+        searches.append(trials.best("asymmetry", {value: (uniform, value) for value in ASYMMETRIES}))
+        asymmetry = searches[-1]["chosen"]
     if config.scored:
         metric = config.ww_metric[0]
         own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
@@ -55,17 +64,19 @@ def plan(
             )[config.allocation],
         )  # fmt: skip
     elif allocation.measured:
-        trials = Trials(model, prune, calibration, held_out, batch_size)
-        own, search = remember(
-            f"{config.prune_method} {config.asymmetry:g} {config.fisher:g} {config.sparsity:g} {config.sparsity_type}",
-            lambda: trials.marginals(config.sparsity, config.pattern.group),
+        own, marginals = remember(
+            f"{config.prune_method} {config.use_variant} {asymmetry:g} {config.fisher:g} {config.sparsity:g} "
+            f"{config.sparsity_type}",
+            lambda: trials.marginals(config.sparsity, asymmetry, config.pattern.group),
         )
+        searches.append(marginals)
+        kappa = marginals["kappa"]
     problem = Problem(
         sizes={matrix.name: matrix.size for matrix in model.matrices},
         blocks={matrix.name: matrix.block for matrix in model.matrices},
         shapes={matrix.name: matrix.shape for matrix in model.matrices},
         sparsity=config.sparsity, mapping=config.mapping_type, options=options, scores=own, block_scores=of_blocks,
-        kappa=search["kappa"] if search else 1.0,
+        kappa=kappa,
     )  # fmt: skip
 
     name = next(iter(allocation.options), None)
@@ -74,24 +85,25 @@ def plan(
         for value in (round(factor * default, 6) for factor in FACTORS):
             with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
                 at_value = replace(problem, options=options | {name: value})
-                candidates[value] = allocate(config.allocation, at_value, config.pattern.group)
-        trials = Trials(model, prune, calibration, held_out, batch_size)
-        chosen = trials.best(name, candidates)
-        search = {**(search or {}), **chosen, "seconds": chosen["seconds"] + (search or {}).get("seconds", 0.0)}
-        options[name] = chosen["chosen"]
-    targets = allocate(config.allocation, problem, config.pattern.group, events=events)
-    return {"targets": targets, "scores": own if allocation.granular else {}, "search": search, "events": events}
+                candidates[value] = allocate(config.allocation, at_value, config.pattern.group), asymmetry
+        searches.append(trials.best(name, candidates))
+        options[name] = searches[-1]["chosen"]
+    return {
+        "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
+        "asymmetry": asymmetry, "scores": own if allocation.granular else {}, "searches": searches, "events": events,
+    }  # fmt: skip
 
 
 def prune_to(
     config: RunConfig,
     model: LanguageModel,
     targets: Mapping[str, float],
+    asymmetry: float,
     windows: Tensor | None,
     **rest,
 ) -> None:
-    """`prune_model` with the flags' pruner, pattern and asymmetry; `rest` are its other arguments."""
+    """`prune_model` with the flags' pruner and pattern; `rest` are its other arguments."""
     pruner = PRUNERS[config.pruner]
     if config.use_variant:
         pruner = pruner.variant
-    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=config.asymmetry, **rest)
+    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=asymmetry, **rest)

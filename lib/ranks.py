@@ -96,10 +96,11 @@ def mine(windows: Tensor) -> Tensor:
     return windows[rank() :: size()]
 
 
-def enough(flag: str, windows: Tensor) -> None:
-    """Raises RunError naming `flag` where a rank would have no window."""
+def enough(given: str, windows: Tensor) -> None:
+    """Raises RunError naming the flag as `given` where a rank would have none of the windows that are read at once."""
     if len(windows) < size():
-        raise RunError(f"{flag} {len(windows)}: is less than one window for each of {size()} processes")
+        read = f"{len(windows)} window" + "s" * (len(windows) > 1)
+        raise RunError(f"{given}: comes to {read} at a time, less than one for each of {size()} processes")
 
 
 def deal(costs: Sequence[float]) -> list[int]:

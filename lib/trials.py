@@ -19,30 +19,29 @@ STEP = 0.1  # of sparsity, between prunings on trial; with N:M it is 1/M
 KAPPA_LEAST = 3.0  # measured: 4 to 6
 
 
-def on_trial(calibration: Tensor, held_out: Tensor) -> Tensor:
-    """The calibration windows that a trial reads: half as many as are held out."""
-    return calibration[: -(-len(held_out) // 2)]
+def on_trial(calibration: Tensor) -> Tensor:
+    """The calibration windows that a trial reads: a quarter."""
+    return calibration[: -(-len(calibration) // 4)]
 
 
 class Trials:
-    """Prunes with `prune(targets, windows)`, measures the perplexity on `held_out` windows and undoes it.
+    """Prunes with `prune(targets, asymmetry, windows)`, measures the loss on `held_out` windows and undoes it.
 
-    Each trial reads the calibration windows of `on_trial`, a quarter of the run's own. Holds a copy of the prunable
-    weights.
+    Each trial reads the calibration windows of `on_trial`, and meanwhile a copy of the prunable weights is held.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        prune: Callable[[Mapping[str, float], Tensor], None],
+        prune: Callable[[Mapping[str, float], float, Tensor], None],
         calibration: Tensor,
         held_out: Tensor,
         batch_size: int,
     ):
         self._model, self._prune, self._batch_size = model, prune, batch_size
-        self._windows, self._held_out = on_trial(calibration, held_out), held_out
+        self._windows, self._held_out = on_trial(calibration), held_out
 
-    def marginals(self, sparsity: float, group: int | None) -> tuple[dict[str, float], dict]:
+    def marginals(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
         """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
 
         The model is pruned to a little less, to `sparsity` and to a little more; what the loss on the windows held out
@@ -56,25 +55,25 @@ class Trials:
             for level in levels:
                 for matrix, weight in weights.items():
                     matrix.write(weight)
-                self._prune(dict.fromkeys((matrix.name for matrix in weights), level), self._windows)
+                self._prune(dict.fromkeys((matrix.name for matrix in weights), level), asymmetry, self._windows)
                 path.append({matrix: matrix.weight.clone() for matrix in weights})
         parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
         rises = [math.fsum(of_half) for of_half in zip(*parts.values(), strict=True)]
         found = {
-            "levels": levels, "rises": rises, "kappa": growth(levels, rises),
+            "parameter": "sparsities", "levels": levels, "rises": rises, "kappa": growth(levels, rises),
             "calibration_windows": len(self._windows), "held_out_windows": len(self._held_out),
             "seconds": time.perf_counter() - begin,
         }  # fmt: skip
         return {name: math.fsum(of_matrix) for name, of_matrix in parts.items()}, found
 
-    def best(self, parameter: str, candidates: Mapping[float, Mapping[str, float]]) -> dict:
-        """Try each {value: targets}; the value of the lowest perplexity as `chosen`, and what each gave and cost."""
+    def best(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
+        """Try each {value: (targets, asymmetry)}: `chosen` is the value of the lowest perplexity, `tried` holds all."""
         tried, known = [], {}
-        for value, targets in candidates.items():
-            begin, key = time.perf_counter(), tuple(targets.values())
+        for value, (targets, asymmetry) in candidates.items():
+            begin, key = time.perf_counter(), (*targets.values(), asymmetry)
             if key not in known:
                 with kept(self._model):
-                    self._prune(targets, self._windows)
+                    self._prune(targets, asymmetry, self._windows)
                     known[key] = perplexity(
                         self._model, self._held_out, batch_size=self._batch_size, what=f"{parameter} {value:g}"
                     )

@@ -299,8 +299,8 @@ class Runner:
                 )  # fmt: skip
             with clock("all of pruning"):
                 prune_to(
-                    config, self._model, planned["targets"], calibration, row_weights=rows, batch_size=batch,
-                    recovery=config.recover == "block", clock=clock, events=events,
+                    config, self._model, planned["targets"], planned["asymmetry"], calibration, row_weights=rows,
+                    batch_size=batch, recovery=config.recover == "block", clock=clock, events=events,
                 )  # fmt: skip
             found = self.evaluate(batch)
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))

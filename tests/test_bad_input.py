@@ -73,6 +73,8 @@ CASES = [
     case("epsilon no number", "--epsilon wide", "--epsilon: 'wide'", "auto"),
     case("search without the whole model", "--prune_method wanda_search --stream --save_model o", "--stream", "whole"),
     case("asymmetry above 1", "--prune_method alps --asymmetry 1.5", "--asymmetry 1.5:", "[0, 1]"),
+    case("asymmetry no number", "--prune_method alps --asymmetry half", "--asymmetry: 'half'", "auto"),
+    case("asymmetry to be chosen for wanda", "--asymmetry auto", "--asymmetry auto:", "sparsegpt, alps"),
     case("asymmetry of wanda", "--asymmetry 0.2", "--asymmetry 0.2:", "sparsegpt, alps"),
     case("fisher of wanda", "--fisher 0.5", "--fisher 0.5:", "sparsegpt, alps"),
     case("fisher without the whole model", "--prune_method alps --fisher 1 --stream --save_model o", "--stream"),

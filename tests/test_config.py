@@ -110,6 +110,7 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
         ({"sparsity_ratio": 0.7}, "wanda_ww-0.7-alpha_peak-eps0.2-seed0"),
         ({"prune_method": "wanda", "seed": 3}, "wanda-0.5-seed3"),
         ({"epsilon": "auto"}, "wanda_ww-0.5-alpha_peak-epsauto-seed0"),
+        ({"prune_method": "alps", "asymmetry": "auto"}, "alps-0.5-asymmetryauto-seed0"),
         (
             {"prune_method": "alps", "asymmetry": 0.25, "search_strength": 1.0, "fisher": 0.5, "recover": "block"},
             "alps-0.5-asymmetry0.25-fisher0.5-recover_block-seed0",

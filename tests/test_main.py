@@ -136,7 +136,13 @@ def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder,
 
 @pytest.mark.parametrize(
     ("method", "flag", "tried"),
-    [("wanda_ww", {"epsilon": "auto"}, 6), ("magnitude_ramp", {"ramp_beta": "auto"}, 6), ("sparsegpt_search", {}, 0)],
+    [
+        ("wanda_ww", {"epsilon": "auto"}, [6]),
+        ("magnitude_ramp", {"ramp_beta": "auto"}, [6]),
+        ("sparsegpt_search", {}, [0]),
+        ("alps", {"asymmetry": "auto"}, [5]),
+        ("sparsegpt_search", {"asymmetry": "auto", "search_strength": "auto"}, [5, 0, 6]),
+    ],
 )
 def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder, tmp_path):
     """The run that is told the parameter that was chosen gives the same model, and the windows held out are others."""
@@ -147,20 +153,24 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
         "cache_dir": str(tmp_path / "cache"), "save": str(tmp_path / "out"),
     }  # fmt: skip
     record = main.run(RunConfig(**options, **flag))
-    search = record["search"]
-    assert (search["calibration_windows"], search["held_out_windows"]) == (2, 4)
-    assert search["seconds"] > 0
-    assert len(search.get("tried", [])) == tried
-    if tried:
-        best = min(search["tried"], key=lambda trial: trial["perplexity"])
-        assert search["chosen"] == best["value"]
-        again = main.run(RunConfig(**options, **{search["parameter"]: search["chosen"]}))
-        assert again["search"] is None
+    assert [len(search.get("tried", [])) for search in record["searches"]] == tried
+    chosen = {}
+    for search in record["searches"]:
+        assert (search["calibration_windows"], search["held_out_windows"]) == (2, 4)
+        assert search["seconds"] > 0
+        if search["parameter"] == "sparsities":
+            assert search["levels"] == pytest.approx([0.4, 0.5, 0.6])
+            assert len(search["rises"]) == 2
+        else:
+            best = min(search["tried"], key=lambda trial: trial["perplexity"])
+            assert search["chosen"] == best["value"]
+            chosen[search["parameter"]] = search["chosen"]
+    if chosen:
+        assert chosen.keys() == flag.keys()
+        again = main.run(RunConfig(**options, **chosen))
+        assert [search["parameter"] for search in again["searches"]] == ["sparsities"] * (0 in tried)
         assert again["layers"] == record["layers"]
         assert again["perplexity"] == record["perplexity"]
-    else:
-        assert search["levels"] == pytest.approx([0.4, 0.5, 0.6])
-        assert len(search["rises"]) == 2
 
 
 @needs_shared

@@ -146,9 +146,10 @@ def test_a_dead_rank_ends_the_job_and_others_go_on(places, tmp_path):
 @pytest.mark.parametrize("method", ["wanda", "wanda_search"])
 def test_too_few_windows_for_the_ranks(method, places, tmp_path):
     """Of one window, and where a pruning on trial reads one."""
-    done = launched(2, flags(places, "llama", method, tmp_path, "--nsamples", "1" if method == "wanda" else "4"))
+    given = ["--nsamples", "1" if method == "wanda" else "4"]
+    done = launched(2, flags(places, "llama", method, tmp_path, *given))
     assert done.returncode != 0
-    assert "--nsamples 1: is less than one window for each of 2 processes" in done.stderr
+    assert f"{' '.join(given)}: comes to 1 window at a time, less than one for each of 2 processes" in done.stderr
 
 
 def test_one_process_where_several_were_asked_for(places, tmp_path):

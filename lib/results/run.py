@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,19 +85,19 @@ def build_record(
     perplexity: dict | None,
     seconds: dict[str, float],
     events: list[dict],
-    search: dict | None = None,
+    searches: Sequence[dict] = (),
 ) -> dict:
     """The contents of run.json.
 
-    `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}. `search` is what was
-    tried for the allocation on windows held out.
+    `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}. `searches` are what
+    was tried on windows held out, in order.
     """
     return {
         "run": config.run_name,
         "config": {flag: list(value) if isinstance(value, tuple) else value for flag, value in asdict(config).items()},
         "model": model,
         "sparsity": None if config.analyze_only else _sparsity(config, layers),
-        "search": search,
+        "searches": list(searches),
         "perplexity": perplexity,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
