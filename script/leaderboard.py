@@ -162,14 +162,18 @@ class Board:
 
         The frame is that of the curves: what is more than twice above them is in the table only.
         """
-        from matplotlib.figure import Figure  # takes a second to import
+        from matplotlib import colormaps  # takes a second to import
+        from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
         text, curves, others, highest = self._texts[0], {}, "others, at one sparsity", 0.0
         for (sparsity, method, extra), rows in self._methods().items():
             curves.setdefault(" ".join(filter(None, [method, extra])), []).append((sparsity, rows))
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        # As at their right end, so that the legend beside them reads from top to bottom.
+        curves = dict(sorted(curves.items(), key=lambda curve: -_mean(curve[1][-1][1], text.column)))
+        figure = Figure(figsize=(11, 5), layout="constrained")
         axes = figure.subplots()
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, points in curves.items():
             if name == DENSE:
                 axes.axhline(_mean(points[0][1], text.column), color="grey", linestyle=":", label=name)
@@ -190,7 +194,7 @@ class Board:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.legend(fontsize="small")
+        figure.legend(fontsize="small", loc="outside right upper")
         figure.savefig(self._folder / "perplexity.png", dpi=120)
 
 
