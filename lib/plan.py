@@ -80,13 +80,20 @@ def plan(
     )  # fmt: skip
 
     name = next(iter(allocation.options), None)
+
+    def candidate(value: float) -> tuple[dict[str, float], float]:
+        at_value = replace(problem, options=options | {name: value})
+        return allocate(config.allocation, at_value, config.pattern.group), asymmetry
+
     if name and options[name] == AUTO:
         default, candidates = getattr(RunConfig, name), {}
         for value in (round(factor * default, 6) for factor in FACTORS):
             with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
-                at_value = replace(problem, options=options | {name: value})
-                candidates[value] = allocate(config.allocation, at_value, config.pattern.group), asymmetry
+                candidates[value] = candidate(value)
         searches.append(trials.best(name, candidates))
+        options[name] = searches[-1]["chosen"]
+    elif allocation.measured and options[name]:
+        searches.append(trials.halved(name, options[name], candidate, marginals["uniform"]))
         options[name] = searches[-1]["chosen"]
     return {
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 STEP = 0.1  # of sparsity, between prunings on trial; with N:M it is 1/M
 KAPPA_LEAST = 3.0  # measured: 4 to 6
+HALVINGS = 2  # of a strength that does worse than uniform sparsities
 
 
 def on_trial(calibration: Tensor) -> Tensor:
@@ -45,22 +46,26 @@ class Trials:
         """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
 
         The model is pruned to a little less, to `sparsity` and to a little more; what the loss on the windows held out
-        gains along the path through the three is followed back to the matrices (lib/attribution.py). The gain on the
+        gains along the path through the three is followed back to the matrices (lib/attribution.py); `uniform` is the
+        perplexity of the second. The gain on the
         second half against the first says how fast its slope grows: kappa = ln(slope above / slope below) / step.
         """
         step, begin = 1 / group if group else STEP, time.perf_counter()
         levels = [max(sparsity - step, 0.0), sparsity, min(sparsity + step, S_MAX)]
-        path = []
+        path, uniform = [], math.nan
         with kept(self._model) as weights:
             for level in levels:
                 for matrix, weight in weights.items():
                     matrix.write(weight)
                 self._prune(dict.fromkeys((matrix.name for matrix in weights), level), asymmetry, self._windows)
+                if level == sparsity:
+                    uniform = self._perplexity("uniform sparsities")
                 path.append({matrix: matrix.weight.clone() for matrix in weights})
         parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
         rises = [math.fsum(of_half) for of_half in zip(*parts.values(), strict=True)]
         found = {
-            "parameter": "sparsities", "levels": levels, "rises": rises, "kappa": growth(levels, rises),
+            "parameter": "sparsities", "levels": levels, "uniform": uniform,
+            "rises": rises, "kappa": growth(levels, rises),
             "calibration_windows": len(self._windows), "held_out_windows": len(self._held_out),
             "seconds": time.perf_counter() - begin,
         }  # fmt: skip
@@ -69,24 +74,44 @@ class Trials:
     def best(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
         """Try each {value: (targets, asymmetry)}: `chosen` is the value of the lowest perplexity, `tried` holds all."""
         tried, known = [], {}
-        for value, (targets, asymmetry) in candidates.items():
-            begin, key = time.perf_counter(), (*targets.values(), asymmetry)
-            if key not in known:
-                with kept(self._model):
-                    self._prune(targets, asymmetry, self._windows)
-                    known[key] = perplexity(
-                        self._model, self._held_out, batch_size=self._batch_size, what=f"{parameter} {value:g}"
-                    )
-            log.info("%s %g: perplexity %.4f on windows held out", parameter, value, known[key])
-            tried.append({"value": value, "perplexity": known[key], "seconds": time.perf_counter() - begin})
+        for value, candidate in candidates.items():
+            key = (*candidate[0].values(), candidate[1])
+            trial = known[key] | {"value": value, "seconds": 0.0} if key in known else None
+            known[key] = trial or self._try(parameter, value, *candidate)
+            tried.append(known[key])
+        return self._record(parameter, tried, min(tried, key=lambda trial: trial["perplexity"])["value"])
+
+    def halved(
+        self, parameter: str, value: float, candidate: Callable[[float], tuple[Mapping[str, float], float]], most: float
+    ) -> dict:
+        """Try `candidate(value)`, and half the value while the perplexity is not below `most`; recorded as by `best`.
+
+        After so many HALVINGS the `chosen` value is 0.
+        """
+        tried, chosen = [], 0.0
+        for smaller in (value / 2**i for i in range(HALVINGS + 1)):
+            tried.append(self._try(parameter, smaller, *candidate(smaller)))
+            if tried[-1]["perplexity"] < most:
+                chosen = smaller
+                break
+        return self._record(parameter, tried, chosen)
+
+    def _perplexity(self, what: str) -> float:
+        return perplexity(self._model, self._held_out, batch_size=self._batch_size, what=what)
+
+    def _try(self, parameter: str, value: float, targets: Mapping[str, float], asymmetry: float) -> dict:
+        begin = time.perf_counter()
+        with kept(self._model):
+            self._prune(targets, asymmetry, self._windows)
+            found = self._perplexity(f"{parameter} {value:g}")
+        log.info("%s %g: perplexity %.4f on windows held out", parameter, value, found)
+        return {"value": value, "perplexity": found, "seconds": time.perf_counter() - begin}
+
+    def _record(self, parameter: str, tried: list[dict], chosen: float) -> dict:
         return {
-            "parameter": parameter,
-            "chosen": min(tried, key=lambda trial: trial["perplexity"])["value"],
-            "tried": tried,
-            "calibration_windows": len(self._windows),
-            "held_out_windows": len(self._held_out),
-            "seconds": math.fsum(trial["seconds"] for trial in tried),
-        }
+            "parameter": parameter, "chosen": chosen, "tried": tried, "calibration_windows": len(self._windows),
+            "held_out_windows": len(self._held_out), "seconds": math.fsum(trial["seconds"] for trial in tried),
+        }  # fmt: skip
 
 
 def growth(levels: list[float], rises: list[float]) -> float:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
 
-from lib import LanguageModel
+from lib import LanguageModel, trials
 from lib.attribution import attribute
 from lib.evaluate import perplexity
-from lib.trials import KAPPA_LEAST, growth
+from lib.trials import KAPPA_LEAST, Trials, growth
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
 
@@ -74,3 +74,18 @@ def test_the_growth_of_an_exponential_is_its_exponent(levels, error):
 @pytest.mark.parametrize("rises", [[0.3, 0.3], [0.3, 0.2], [-0.1, 0.3], [0.3, 0.0]])
 def test_a_growth_that_noise_hides_is_the_least(rises):
     assert growth([0.5, 0.6, 0.7], rises) == KAPPA_LEAST
+
+
+@pytest.mark.parametrize(
+    ("found", "chosen"), [([9.0], 0.6), ([11.0, 9.0], 0.3), ([10.0, 10.0, 9.0], 0.15), ([11.0, 11.0, 11.0], 0.0)]
+)
+def test_a_strength_that_does_worse_than_uniform_is_halved(found, chosen, monkeypatch):
+    """Where uniform sparsities have a perplexity of 10."""
+    pruned, values = [], iter(found)
+    monkeypatch.setattr(trials, "perplexity", lambda *_, **__: next(values))
+    model, windows = LanguageModel(tiny_model("llama")), tiny_tokens()
+    trial = Trials(model, lambda targets, *_: pruned.append(targets["all"]), windows, windows, 2)
+    record = trial.halved("search_strength", 0.6, lambda value: ({"all": value}, 0.0), 10.0)
+    assert record["chosen"] == chosen
+    assert [one["value"] for one in record["tried"]] == pruned == [0.6, 0.3, 0.15][: len(found)]
+    assert [one["perplexity"] for one in record["tried"]] == found

@@ -139,7 +139,7 @@ def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder,
     [
         ("wanda_ww", {"epsilon": "auto"}, [6]),
         ("magnitude_ramp", {"ramp_beta": "auto"}, [6]),
-        ("sparsegpt_search", {}, [0]),
+        ("sparsegpt_search", {"mapping_type": "mixed"}, [0, "halved"]),
         ("alps", {"asymmetry": "auto"}, [5]),
         ("sparsegpt_search", {"asymmetry": "auto", "search_strength": "auto"}, [5, 0, 6]),
     ],
@@ -153,15 +153,21 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
         "cache_dir": str(tmp_path / "cache"), "save": str(tmp_path / "out"),
     }  # fmt: skip
     record = main.run(RunConfig(**options, **flag))
-    assert [len(search.get("tried", [])) for search in record["searches"]] == tried
     chosen = {}
-    for search in record["searches"]:
+    for search, count in zip(record["searches"], tried, strict=True):
         assert (search["calibration_windows"], search["held_out_windows"]) == (2, 4)
         assert search["seconds"] > 0
         if search["parameter"] == "sparsities":
             assert search["levels"] == pytest.approx([0.4, 0.5, 0.6])
             assert len(search["rises"]) == 2
+            uniform = search["uniform"]
+            assert count == 0
+        elif count == "halved":
+            *worse, last = search["tried"]
+            assert all(trial["perplexity"] >= uniform for trial in worse)
+            assert search["chosen"] == (last["value"] if last["perplexity"] < uniform else 0.0)
         else:
+            assert len(search["tried"]) == count
             best = min(search["tried"], key=lambda trial: trial["perplexity"])
             assert search["chosen"] == best["value"]
             chosen[search["parameter"]] = search["chosen"]
