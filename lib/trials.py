@@ -41,6 +41,7 @@ class Trials:
     ):
         self._model, self._prune, self._batch_size = model, prune, batch_size
         self._windows, self._held_out = on_trial(calibration), held_out
+        self._known: dict[tuple, float] = {}  # sparsities and asymmetry -> the perplexity they gave
 
     def marginals(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
         """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
@@ -73,12 +74,7 @@ class Trials:
 
     def best(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
         """Try each {value: (targets, asymmetry)}: `chosen` is the value of the lowest perplexity, `tried` holds all."""
-        tried, known = [], {}
-        for value, candidate in candidates.items():
-            key = (*candidate[0].values(), candidate[1])
-            trial = known[key] | {"value": value, "seconds": 0.0} if key in known else None
-            known[key] = trial or self._try(parameter, value, *candidate)
-            tried.append(known[key])
+        tried = [self._try(parameter, value, *candidate) for value, candidate in candidates.items()]
         return self._record(parameter, tried, min(tried, key=lambda trial: trial["perplexity"])["value"])
 
     def halved(
@@ -100,12 +96,13 @@ class Trials:
         return perplexity(self._model, self._held_out, batch_size=self._batch_size, what=what)
 
     def _try(self, parameter: str, value: float, targets: Mapping[str, float], asymmetry: float) -> dict:
-        begin = time.perf_counter()
-        with kept(self._model):
-            self._prune(targets, asymmetry, self._windows)
-            found = self._perplexity(f"{parameter} {value:g}")
-        log.info("%s %g: perplexity %.4f on windows held out", parameter, value, found)
-        return {"value": value, "perplexity": found, "seconds": time.perf_counter() - begin}
+        begin, key = time.perf_counter(), (*targets.values(), asymmetry)
+        if key not in self._known:
+            with kept(self._model):
+                self._prune(targets, asymmetry, self._windows)
+                self._known[key] = self._perplexity(f"{parameter} {value:g}")
+        log.info("%s %g: perplexity %.4f on windows held out", parameter, value, self._known[key])
+        return {"value": value, "perplexity": self._known[key], "seconds": time.perf_counter() - begin}
 
     def _record(self, parameter: str, tried: list[dict], chosen: float) -> dict:
         return {
