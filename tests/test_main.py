@@ -174,7 +174,8 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
     if chosen:
         assert chosen.keys() == flag.keys()
         again = main.run(RunConfig(**options, **chosen))
-        assert [search["parameter"] for search in again["searches"]] == ["sparsities"] * (0 in tried)
+        measured = ["sparsities"] * (0 in tried) + ["search_strength"] * bool(chosen.get("search_strength"))
+        assert [search["parameter"] for search in again["searches"]] == measured
         assert again["layers"] == record["layers"]
         assert again["perplexity"] == record["perplexity"]
 
