@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Ac
     """
     batches_a_step = max(1, round(WINDOWS / len(wanted[0]) / ranks.size()))
     steps = min(ranks.gather(-(-len(wanted) // batches_a_step)))  # the same on every rank
-    scale = sum(float(batch.float().square().mean()) for batch in wanted) / len(wanted)
+    own = [float(batch.float().square().mean()) for batch in wanted]
+    scale = fmean(chain(*ranks.gather(own)))  # of all ranks, for their gradients are added
     with _trainable(matrices) as (weights, mixed):
         kept = [weight != 0 for weight in weights]
         adam = torch.optim.Adam(weights, lr=RATE)
