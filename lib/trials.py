@@ -47,9 +47,9 @@ class Trials:
         """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
 
         The model is pruned to a little less, to `sparsity` and to a little more; what the loss on the windows held out
-        gains along the path through the three is followed back to the matrices (lib/attribution.py); `uniform` is the
-        perplexity of the second. The gain on the
+        gains along the path through the three is followed back to the matrices (lib/attribution.py). The gain on the
         second half against the first says how fast its slope grows: kappa = ln(slope above / slope below) / step.
+        `uniform` is the perplexity at `sparsity`.
         """
         step, begin = 1 / group if group else STEP, time.perf_counter()
         levels = [max(sparsity - step, 0.0), sparsity, min(sparsity + step, S_MAX)]

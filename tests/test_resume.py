@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import os
-import resource
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from shared import ROOT
+from forking import run
 from test_bad_input import make_texts, save_tokenizer
 from tiny import tiny_model
 
@@ -35,12 +31,6 @@ def flags(here: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def run(script: list[str], arguments: list[str], **options) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *script, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, **options)
-
-
 def result_of(out: Path) -> tuple[dict[str, str], dict]:
     """The digests of the checkpoint's files, and what run.json says of the result."""
     assert sorted(path.name for path in out.iterdir()) == ["cache", "pruned", "results"], "something is left behind"
@@ -58,7 +48,7 @@ def result_of(out: Path) -> tuple[dict[str, str], dict]:
 def uninterrupted(here) -> tuple[dict, dict, list[str]]:
     """The result of a run that nothing disturbed, and its events' names."""
     out, names = here / "whole", here / "events"
-    done = run(["tests/killed.py", "0", str(names)], flags(here, out))
+    done = run("tests/killed.py", ["0", str(names), *flags(here, out)])
     assert done.returncode == 0, done.stderr
     return *result_of(out), names.read_text().splitlines()
 
@@ -74,8 +64,8 @@ def test_killed_at_a_dozen_moments(here, uninterrupted):
 
     def killed_and_resumed(moment: int):
         out = here / f"killed-{moment}"
-        died = run(["tests/killed.py", str(moment), str(out)], flags(here, out))
-        done = run(["main.py"], flags(here, out))
+        died = run("tests/killed.py", [str(moment), str(out), *flags(here, out)])
+        done = run("main.py", flags(here, out))
         return moment, died, done, out
 
     with ThreadPoolExecutor(2) as pool:
@@ -88,8 +78,8 @@ def test_killed_at_a_dozen_moments(here, uninterrupted):
 def test_a_resumed_run_says_so_and_skips_what_is_done(here, uninterrupted):
     events = uninterrupted[2]
     moment, out = 1 + events.index("before block-00002.json"), here / "says"
-    run(["tests/killed.py", str(moment), str(out)], flags(here, out))
-    done = run(["tests/killed.py", "0", str(here / "second")], flags(here, out))
+    run("tests/killed.py", [str(moment), str(out), *flags(here, out)])
+    done = run("tests/killed.py", ["0", str(here / "second"), *flags(here, out)])
     assert "going on after block 2 of 3" in done.stderr
     assert "pruning 7 matrices" in done.stderr
     assert done.stderr.count("pruning 7 matrices") == 1
@@ -102,42 +92,38 @@ def test_a_resumed_run_says_so_and_skips_what_is_done(here, uninterrupted):
 def test_the_dense_model_beside_it_is_resumed_too(here, tmp_path):
     """Its blocks come from the original files, though the pruned ones have taken their place."""
     more, (whole, cut) = ("--asymmetry", "0.5", "--recover", "block"), (tmp_path / "whole", tmp_path / "cut")
-    done = run(["tests/killed.py", "0", str(tmp_path / "names")], flags(here, whole, *more))
+    done = run("tests/killed.py", ["0", str(tmp_path / "names"), *flags(here, whole, *more)])
     assert done.returncode == 0, done.stderr
     moment = 1 + (tmp_path / "names").read_text().splitlines().index("before block-00002.json")
-    assert run(["tests/killed.py", str(moment), str(cut)], flags(here, cut, *more)).returncode == -9
-    assert run(["main.py"], flags(here, cut, *more)).returncode == 0
+    assert run("tests/killed.py", [str(moment), str(cut), *flags(here, cut, *more)]).returncode == -9
+    assert run("main.py", flags(here, cut, *more)).returncode == 0
     assert result_of(cut) == result_of(whole)
 
 
 def test_restart_begins_anew(here, uninterrupted):
     moment, out = 1 + uninterrupted[2].index("before block-00002.json"), here / "restart"
-    run(["tests/killed.py", str(moment), str(out)], flags(here, out))
-    done = run(["main.py"], flags(here, out, "--restart"))
+    run("tests/killed.py", [str(moment), str(out), *flags(here, out)])
+    done = run("main.py", flags(here, out, "--restart"))
     assert done.stderr.count("pruning 7 matrices") == 3
     assert result_of(out) == uninterrupted[:2]
 
 
 def test_another_configuration_is_refused(here, uninterrupted):
     moment, out = 1 + uninterrupted[2].index("before block-00001.json"), here / "other"
-    run(["tests/killed.py", str(moment), str(out)], flags(here, out))
-    done = run(["main.py"], flags(here, out, "--epsilon", "0.1"))
+    run("tests/killed.py", [str(moment), str(out), *flags(here, out)])
+    done = run("main.py", flags(here, out, "--epsilon", "0.1"))
     assert done.returncode == 2
     assert "--epsilon was 0.2 and is 0.1; --restart begins anew" in done.stderr
 
 
-def full_disk():
-    """Files beyond 12 kB cannot be written: a block's shard cannot, records can."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
-
-
 def test_a_full_disk_is_one_error_and_no_loss(here, uninterrupted):
     out = here / "full"
-    done = run(["main.py"], flags(here, out, "--quiet"), preexec_fn=full_disk)
+    # Of this size a record can be written, and a block's shard cannot.
+    done = run("main.py", flags(here, out, "--quiet"), file_size=12_000)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "model-00002-of-00004.safetensors: cannot be written" in done.stderr
-    assert run(["main.py"], flags(here, out)).returncode == 0
+    assert run("main.py", flags(here, out)).returncode == 0
     assert result_of(out) == uninterrupted[:2]
 
 
@@ -152,7 +138,7 @@ def test_a_full_disk_is_one_error_and_no_loss(here, uninterrupted):
 def test_a_broken_model_is_one_error_and_no_loss(broken, says, here, uninterrupted, tmp_path):
     """Half the work is done when the model's folder breaks; mended, the run goes on."""
     moment, out = 1 + uninterrupted[2].index("before block-00001.json"), tmp_path
-    run(["tests/killed.py", str(moment), str(out / "x")], flags(here, out))
+    run("tests/killed.py", [str(moment), str(out / "x"), *flags(here, out)])
     path = next((here / "model").glob("tokenizer.json" if "tokenizer" in broken else "model-00002-of*"))
     content = path.read_bytes()
     path.unlink()
@@ -161,7 +147,7 @@ def test_a_broken_model_is_one_error_and_no_loss(broken, says, here, uninterrupt
             path.mkdir()
         elif broken == "truncated shard":
             path.write_bytes(content[: len(content) // 2])
-        done = run(["main.py"], flags(here, out, "--quiet"))
+        done = run("main.py", flags(here, out, "--quiet"))
     finally:
         if path.is_dir():
             path.rmdir()
@@ -170,5 +156,5 @@ def test_a_broken_model_is_one_error_and_no_loss(broken, says, here, uninterrupt
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "--model" in done.stderr
     assert says in done.stderr
-    assert run(["main.py"], flags(here, out)).returncode == 0
+    assert run("main.py", flags(here, out)).returncode == 0
     assert result_of(out) == uninterrupted[:2]

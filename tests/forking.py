@@ -1,0 +1,53 @@
+"""`python SCRIPT ARGUMENTS`, forked from a process with the libraries imported: that is most of a short run's time."""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+from shared import ROOT
+
+HOME = tempfile.TemporaryDirectory()
+CONTEXT = multiprocessing.get_context("forkserver")
+# Not datasets, which reads when it is imported whether it may show bars.
+CONTEXT.set_forkserver_preload(["main", "transformers.models.llama.modeling_llama"])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread, and a hub that nobody's settings or downloads reach."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    return env | {"HF_HOME": HOME.name, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def run(
+    script: str, arguments: Sequence[str], *, file_size: int | None = None, timeout: float = 200
+) -> subprocess.CompletedProcess:
+    """The finished process of a script of the project's; no file it writes passes `file_size` bytes."""
+    with mock.patch.dict(os.environ, environment(), clear=True):  # libraries read it when they are imported
+        forkserver.ensure_running()
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = CONTEXT.Process(target=_run, args=(script, arguments, said, file_size))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([script, *arguments], timeout)
+        return subprocess.CompletedProcess([script, *arguments], process.exitcode, *map(Path.read_text, said))
+
+
+def _run(script: str, arguments: Sequence[str], said: Sequence[Path], file_size: int | None) -> None:
+    for descriptor, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
