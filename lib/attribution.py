@@ -1,7 +1,6 @@
 """Which matrix a change of the loss comes from, when all change at once: integrated gradients over weights."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,24 +13,20 @@ Weights = Mapping[Matrix, Tensor]  # of every prunable matrix (out, in)
 
 
 def attribute(
-    model: LanguageModel, path: Sequence[Weights], windows: Tensor, *, batch_size: int = 1
-) -> dict[str, list[float]]:
-    """matrix name -> its part of the loss's change over each straight piece of the `path` through weight space.
+    model: LanguageModel, before: Weights, after: Weights, windows: Tensor, *, batch_size: int = 1
+) -> dict[str, float]:
+    """matrix name -> its part of the loss's change from the weights `before` to those `after`.
 
     windows (n, seqlen) token ids, of which each rank takes its share; the loss is the mean over their predicted tokens,
-    in nats. Of a piece from A to B, matrix k's part is <dL/dW_k at its middle, B_k - A_k>: integrated gradients
-    (Sundararajan et al. 2017) by the midpoint rule, so that the parts sum to L(B) - L(A) but for the rule's error. The
-    weights are left as they were found.
+    in nats. Matrix k's part is <dL/dW_k half way, after_k - before_k>: integrated gradients (Sundararajan et al. 2017)
+    by the midpoint rule, so that the parts sum to L(after) - L(before) but for the rule's error. The weights are left
+    as they were found.
     """
-    parts: dict[str, list[float]] = {matrix.name: [] for matrix in model.matrices}
     with kept(model):
-        for low, high in itertools.pairwise(path):
-            for matrix in model.matrices:
-                matrix.write((low[matrix] + high[matrix]) / 2)
-            changes = {matrix: high[matrix] - low[matrix] for matrix in model.matrices}
-            for name, part in _products(model, changes, windows, batch_size).items():
-                parts[name].append(part)
-    return parts
+        for matrix in model.matrices:
+            matrix.write((before[matrix] + after[matrix]) / 2)
+        changes = {matrix: after[matrix] - before[matrix] for matrix in model.matrices}
+        return _products(model, changes, windows, batch_size)
 
 
 def _products(model: LanguageModel, changes: Weights, windows: Tensor, batch_size: int) -> dict[str, float]:

@@ -43,7 +43,7 @@ def plan(
     `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
-    own, of_blocks, kappa, asymmetry, searches = {}, {}, 1.0, config.asymmetry, []
+    own, of_blocks, asymmetry, searches = {}, {}, config.asymmetry, []
     trials = None
     if config.held_out:
         prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size)
@@ -70,13 +70,11 @@ def plan(
             lambda: trials.marginals(config.sparsity, asymmetry, config.pattern.group),
         )
         searches.append(marginals)
-        kappa = marginals["kappa"]
     problem = Problem(
         sizes={matrix.name: matrix.size for matrix in model.matrices},
         blocks={matrix.name: matrix.block for matrix in model.matrices},
         shapes={matrix.name: matrix.shape for matrix in model.matrices},
         sparsity=config.sparsity, mapping=config.mapping_type, options=options, scores=own, block_scores=of_blocks,
-        kappa=kappa,
     )  # fmt: skip
 
     name = next(iter(allocation.options), None)

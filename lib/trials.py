@@ -1,6 +1,5 @@
 """Prunings on trial: how well the model does on windows held out, and the weights put back."""
 
-import itertools
 import logging
 import math
 import time
@@ -8,15 +7,13 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from .allocation.budget import S_MAX
 from .attribution import attribute
 from .evaluate import perplexity
 from .model import LanguageModel, kept
 
 log = logging.getLogger(__name__)
 
-STEP = 0.1  # of sparsity, between prunings on trial; with N:M it is 1/M
-KAPPA_LEAST = 3.0  # measured: 4 to 6
+STEP = 0.1  # of sparsity, over which the loss's rise is attributed; with N:M it is 1/M
 HALVINGS = 2  # of a strength that does worse than uniform sparsities
 
 
@@ -44,33 +41,29 @@ class Trials:
         self._known: dict[tuple, float] = {}  # sparsities and asymmetry -> the perplexity they gave
 
     def marginals(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
-        """matrix name -> its part of the loss's rise around that uniform sparsity, and how they were found.
+        """matrix name -> its part of the loss's rise up to that uniform sparsity, and how they were found.
 
-        The model is pruned to a little less, to `sparsity` and to a little more; what the loss on the windows held out
-        gains along the path through the three is followed back to the matrices (lib/attribution.py). The gain on the
-        second half against the first says how fast its slope grows: kappa = ln(slope above / slope below) / step.
-        `uniform` is the perplexity at `sparsity`.
+        The model is pruned to a little less and to `sparsity`; what the loss on the windows held out gains between the
+        two is followed back to the matrices (lib/attribution.py). `uniform` is the perplexity of the second. More than
+        `sparsity` is not asked about: there the model may know nothing any more, and its gradients no weight's worth.
         """
         step, begin = 1 / group if group else STEP, time.perf_counter()
-        levels = [max(sparsity - step, 0.0), sparsity, min(sparsity + step, S_MAX)]
-        path, uniform = [], math.nan
+        levels, pruned = [max(sparsity - step, 0.0), sparsity], []
         with kept(self._model) as weights:
             for level in levels:
                 for matrix, weight in weights.items():
                     matrix.write(weight)
                 self._prune(dict.fromkeys((matrix.name for matrix in weights), level), asymmetry, self._windows)
-                if level == sparsity:
-                    uniform = self._perplexity("uniform sparsities")
-                path.append({matrix: matrix.weight.clone() for matrix in weights})
-        parts = attribute(self._model, path, self._held_out, batch_size=self._batch_size)
-        rises = [math.fsum(of_half) for of_half in zip(*parts.values(), strict=True)]
+                pruned.append({matrix: matrix.weight.clone() for matrix in weights})
+            uniform = self._perplexity("uniform sparsities")
+        parts = attribute(self._model, *pruned, self._held_out, batch_size=self._batch_size)
         found = {
             "parameter": "sparsities", "levels": levels, "uniform": uniform,
-            "rises": rises, "kappa": growth(levels, rises),
-            "calibration_windows": len(self._windows), "held_out_windows": len(self._held_out),
+            "rise": math.fsum(parts.values()), "calibration_windows": len(self._windows),
+            "held_out_windows": len(self._held_out),
             "seconds": time.perf_counter() - begin,
         }  # fmt: skip
-        return {name: math.fsum(of_matrix) for name, of_matrix in parts.items()}, found
+        return parts, found
 
     def best(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
         """Try each {value: (targets, asymmetry)}: `chosen` is the value of the lowest perplexity, `tried` holds all."""
@@ -109,12 +102,3 @@ class Trials:
             "parameter": parameter, "chosen": chosen, "tried": tried, "calibration_windows": len(self._windows),
             "held_out_windows": len(self._held_out), "seconds": math.fsum(trial["seconds"] for trial in tried),
         }  # fmt: skip
-
-
-def growth(levels: list[float], rises: list[float]) -> float:
-    """kappa with which the slope of the loss grows, from its rises between three sparsities; at least KAPPA_LEAST."""
-    widths = [after - before for before, after in itertools.pairwise(levels)]
-    if min(*rises, *widths) <= 0:
-        return KAPPA_LEAST
-    below, above = (rise / width for rise, width in zip(rises, widths, strict=True))
-    return max(KAPPA_LEAST, 2 * math.log(above / below) / sum(widths))

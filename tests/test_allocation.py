@@ -16,6 +16,7 @@ from lib.allocation.activations import linear_reconstruction_error, median_score
 from lib.allocation.base import MAPPINGS
 from lib.allocation.budget import S_MAX, around, fit_budget, round_to_pattern
 from lib.allocation.fixed import lamp_quantiles
+from lib.allocation.search import KAPPA
 from lib.stats import InputStats
 
 
@@ -273,23 +274,23 @@ def measured(parts: list[float], mapping: str, sparsity: float = 0.6) -> Problem
     names, sizes = ["b.0.q", "b.0.d", "b.1.q", "b.1.d"], [10, 30, 10, 30]
     return Problem(
         dict(zip(names, sizes, strict=True)), dict(zip(names, (0, 0, 1, 1), strict=True)), sparsity,
-        dict(zip(names, parts, strict=True)), mapping, options=OPTIONS, kappa=5.0,
+        dict(zip(names, parts, strict=True)), mapping, options=OPTIONS,
     )  # fmt: skip
 
 
 def test_search_equalises_the_marginal_losses():
-    """With parts that are a product of block and kind, every m_k exp(kappa s_k) comes out the same."""
+    """With parts that are a product of block and kind, every m_k exp(KAPPA s_k) comes out the same."""
     worth = [2.0 * 1.0, 2.0 * 3.0, 1.0 * 1.0, 1.0 * 3.0]
     case = measured([w * size for w, size in zip(worth, (10, 30, 10, 30), strict=True)], "layer_wise")
     found = allocate("search", case)
-    marginal = [w * math.exp(5.0 * s) for w, s in zip(worth, found.values(), strict=True)]
+    marginal = [w * math.exp(KAPPA * s) for w, s in zip(worth, found.values(), strict=True)]
     assert marginal == pytest.approx([marginal[0]] * 4)
     assert mean(found, case.sizes) == pytest.approx(0.6, abs=1e-9)
     blocks = allocate("search", dataclasses.replace(case, mapping="block_wise"))
-    assert blocks["b.0.q"] == blocks["b.0.d"] == pytest.approx(blocks["b.1.q"] - math.log(2) / 5)
+    assert blocks["b.0.q"] == blocks["b.0.d"] == pytest.approx(blocks["b.1.q"] - math.log(2) / KAPPA)
     mixed = allocate("search", dataclasses.replace(case, mapping="mixed"))
     assert (10 * mixed["b.0.q"] + 30 * mixed["b.0.d"]) / 40 == pytest.approx(blocks["b.0.q"])
-    assert mixed["b.0.q"] - mixed["b.0.d"] == pytest.approx(math.log(3) / 5)
+    assert mixed["b.0.q"] - mixed["b.0.d"] == pytest.approx(math.log(3) / KAPPA)
 
 
 def test_search_of_strength_zero_is_uniform():
@@ -301,4 +302,4 @@ def test_search_of_strength_zero_is_uniform():
 def test_a_block_that_seems_worth_nothing_counts_as_a_fifth_of_the_median():
     found = allocate("search", measured([-1.0, -3.0, 10.0, 30.0], "block_wise"))
     median = (1.0 + -0.1) / 2
-    assert found["b.0.q"] - found["b.1.q"] == pytest.approx(-math.log(0.2 * median) / 5)
+    assert found["b.0.q"] - found["b.1.q"] == pytest.approx(-math.log(0.2 * median) / KAPPA)

@@ -1,8 +1,5 @@
 """Attribution of a change of the loss to matrices: complete, and left no trace."""
 
-import itertools
-import math
-
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
@@ -10,7 +7,7 @@ from tiny import tiny_model, tiny_tokens
 from lib import LanguageModel, trials
 from lib.attribution import attribute
 from lib.evaluate import perplexity
-from lib.trials import KAPPA_LEAST, Trials, growth
+from lib.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
 
@@ -44,11 +41,10 @@ def loss_at(model: LanguageModel, weights: dict, tokens: torch.Tensor) -> float:
 def test_parts_sum_to_the_change_of_the_loss(architecture):
     model, tokens = smooth(architecture), tiny_tokens()
     weights = {m.name: m.weight.clone() for m in model.matrices}
-    path = [moved(model, by) for by in (0.0, 0.002, 0.004)]
-    parts = attribute(model, path, tokens, batch_size=2)
-    for piece in (0, 1):
-        change = loss_at(model, path[piece + 1], tokens) - loss_at(model, path[piece], tokens)
-        assert sum(of_matrix[piece] for of_matrix in parts.values()) == pytest.approx(change, rel=0.02, abs=2e-6)
+    before, after = (moved(model, by) for by in (0.002, 0.004))
+    parts = attribute(model, before, after, tokens, batch_size=2)
+    change = loss_at(model, after, tokens) - loss_at(model, before, tokens)
+    assert sum(parts.values()) == pytest.approx(change, rel=0.02, abs=2e-6)
     assert all(torch.equal(m.weight, weights[m.name]) for m in model.matrices)
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
 
@@ -57,23 +53,11 @@ def test_parts_sum_to_the_change_of_the_loss(architecture):
 def test_a_matrix_that_moves_alone_accounts_for_all(architecture):
     model, tokens = smooth(architecture), tiny_tokens()
     for matrix in model.matrices[1::5]:
-        path = [moved(model, by, matrix.name) for by in (0.0, 0.002)]
-        parts = attribute(model, path, tokens, batch_size=3)
-        change = loss_at(model, path[1], tokens) - loss_at(model, path[0], tokens)
-        assert parts.pop(matrix.name) == [pytest.approx(change, rel=0.02, abs=2e-6)]
-        assert all(part == [0.0] for part in parts.values())
-
-
-@pytest.mark.parametrize(("levels", "error"), [([0.5, 0.6, 0.7], 1e-9), ([0.7, 0.8, 0.99], 0.04)])
-def test_the_growth_of_an_exponential_is_its_exponent(levels, error):
-    """Exactly where the steps are equal."""
-    rises = [math.exp(5 * high) - math.exp(5 * low) for low, high in itertools.pairwise(levels)]
-    assert growth(levels, rises) == pytest.approx(5, rel=error)
-
-
-@pytest.mark.parametrize("rises", [[0.3, 0.3], [0.3, 0.2], [-0.1, 0.3], [0.3, 0.0]])
-def test_a_growth_that_noise_hides_is_the_least(rises):
-    assert growth([0.5, 0.6, 0.7], rises) == KAPPA_LEAST
+        before, after = (moved(model, by, matrix.name) for by in (0.0, 0.002))
+        parts = attribute(model, before, after, tokens, batch_size=3)
+        change = loss_at(model, after, tokens) - loss_at(model, before, tokens)
+        assert parts.pop(matrix.name) == pytest.approx(change, rel=0.02, abs=2e-6)
+        assert all(part == 0.0 for part in parts.values())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ class Problem:
     block_scores  of each block as a whole; where empty, the mean over its matrices
     shapes        (out, in) of each matrix (`er`)
     options       the allocations' parameters by their flags' names
-    kappa         how fast what the last removed weight costs grows with the sparsity (`search`)
     """
 
     sizes: Mapping[str, int]
@@ -36,7 +35,6 @@ class Problem:
     block_scores: Mapping[int, float] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     options: Mapping[str, float] = field(default_factory=dict)
-    kappa: float = 1.0
 
     def members(self) -> dict[int, list[str]]:
         """The names of each block's matrices."""

@@ -9,21 +9,21 @@ from dataclasses import replace
 from .base import Problem, allocation, by_mapping
 from .budget import around
 
+KAPPA = 6.0  # with which the marginal loss grows, as exp(KAPPA s); measured 4 to 10, the more the worse the model
 LEAST = 0.2  # of the median: what a block's or kind's worth is taken to be at least
 ROUNDS = 50
 
 
 @allocation("search", measured=True, options=("search_strength",), granular=True)
 def search(problem: Problem) -> dict[str, float]:
-    """Equal marginal losses: s_k = S + strength / kappa * (mean(log m) - log m_k), and then exactly to the budget.
+    """Equal marginal losses: s_k = S + strength / KAPPA * (mean(log m) - log m_k), and then exactly to the budget.
 
-    A matrix's score is the loss it accounts for when all matrices' sparsities rise a little around S, and kappa, with
-    which the marginal loss grows: as exp(kappa s) (lib/trials.py). m_k is what one removed weight costs, u_block *
-    v_kind, the factors fitted so that they reproduce the sums over blocks and over kinds: single matrices' parts are
-    mostly noise. `block_wise` knows the blocks' sums only, `layer_wise` both; `mixed` spreads the block-wise sparsities
-    by kind.
+    A matrix's score is the loss it accounts for when all matrices' sparsities rise a little, up to S (lib/trials.py).
+    m_k is what one removed weight costs, u_block * v_kind, the factors fitted so that they reproduce the sums over
+    blocks and over kinds: single matrices' parts are mostly noise. `block_wise` knows the blocks' sums only,
+    `layer_wise` both; `mixed` spreads the block-wise sparsities by kind.
     """
-    slope = problem.options["search_strength"] / problem.kappa
+    slope = problem.options["search_strength"] / KAPPA
     of_block = _per_weight(problem.scores, problem.sizes, problem.blocks)
     by_worth = replace(
         problem,
