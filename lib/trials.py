@@ -60,8 +60,7 @@ class Trials:
         found = {
             "parameter": "sparsities", "levels": levels, "uniform": uniform,
             "rise": math.fsum(parts.values()), "calibration_windows": len(self._windows),
-            "held_out_windows": len(self._held_out),
-            "seconds": time.perf_counter() - begin,
+            "held_out_windows": len(self._held_out), "seconds": time.perf_counter() - begin,
         }  # fmt: skip
         return parts, found
 

@@ -1,5 +1,6 @@
 """`python SCRIPT ARGUMENTS`, forked from a process with the libraries imported: that is most of a short run's time."""
 
+import functools
 import multiprocessing
 import os
 import resource
@@ -30,8 +31,7 @@ def run(
     script: str, arguments: Sequence[str], *, file_size: int | None = None, timeout: float = 200
 ) -> subprocess.CompletedProcess:
     """The finished process of a script of the project's; no file it writes passes `file_size` bytes."""
-    with mock.patch.dict(os.environ, environment(), clear=True):  # libraries read it when they are imported
-        forkserver.ensure_running()
+    _start()
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder, name) for name in ("stdout", "stderr")]
         process = CONTEXT.Process(target=_run, args=(script, arguments, said, file_size))
@@ -41,6 +41,13 @@ def run(
             process.kill()
             raise subprocess.TimeoutExpired([script, *arguments], timeout)
         return subprocess.CompletedProcess([script, *arguments], process.exitcode, *map(Path.read_text, said))
+
+
+@functools.cache
+def _start() -> None:
+    """Once: what libraries read of the environment they read when they are imported, and threads share it."""
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
 
 
 def _run(script: str, arguments: Sequence[str], said: Sequence[Path], file_size: int | None) -> None:

@@ -1,6 +1,7 @@
 """The real command on the embedded model, small: every method, its results and its checkpoint."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
         assert search["seconds"] > 0
         if search["parameter"] == "sparsities":
             assert search["levels"] == pytest.approx([0.4, 0.5])
+            assert math.isfinite(search["rise"])
             uniform = search["uniform"]
             assert count == 0
         elif count == "halved":
