@@ -2,9 +2,11 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from . import ranks
@@ -43,7 +45,8 @@ def prune_model(
     """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
 
     windows (nsamples, seqlen) token ids, of which each rank takes its share; not read by a pruner that needs nothing
-    of its input. Retries and fallbacks are appended to `events`. The first `done` blocks are pruned already and only
+    of its input. What is zero already stays zero and counts towards the target. Retries, fallbacks and matrices with
+    more zeros than their targets are appended to `events`. The first `done` blocks are pruned already and only
     run through; `commit(block, statistics, events)` is called when one more is. With `asymmetry` every matrix is first
     aimed at that part of the way to the dense model's output (lib/pruners/asymmetry.py); with `recovery` the weights
     that every block has left are trained towards the dense block's output (lib/recovery.py). row_weights, by matrix
@@ -51,8 +54,9 @@ def prune_model(
     matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
-    needs = pruner.needs if any(targets.values()) else "nothing"
-    if recovery and needs == "nothing" and any(targets.values()):
+    asked = any(targets.values())
+    needs = pruner.needs if asked else "nothing"
+    if recovery and needs == "nothing" and asked:
         needs = "diagonal"
     steps = walk(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
@@ -67,7 +71,7 @@ def prune_model(
         with clock("prune"):
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
-                if owner == ranks.rank() and targets[matrix.name] > 0:
+                if owner == ranks.rank() and asked:
                     rows = row_weights[matrix.name] if row_weights else None
                     target, of_input = targets[matrix.name], stats.get(matrix.name)
                     _prune_matrix(matrix, pruner, of_input, target, pattern, asymmetry, rows, found)
@@ -111,13 +115,21 @@ def _prune_matrix(
         log.warning("%s: %s", matrix.name, message)
         events.append({"matrix": matrix.name, "message": message})
 
-    if stats is not None and not stats.sum_squares.isfinite().all():
-        raise RunError(f"{matrix.name}: its calibration input holds NaN or infinity; try --dtype float32 or bfloat16")
-    if stats is None and pruner.needs != "nothing":
-        note("saw no calibration token; pruned by magnitude")
-        pruner = PRUNERS["magnitude"]
+    weight = matrix.weight
+    pattern = pattern.on(weight)
+    forced = pattern.forced(target)
+    if forced > round(target * matrix.size):
+        share = forced / matrix.size
+        note(f"zeros that are there already make it {share:.4f} sparse, more than its target of {target:.4f}")
+    if target == 0:
+        return
+    largest = 1.0 if stats is None else float(stats.sum_squares.max())
+    if not math.isfinite(largest):
+        raise _not_finite(matrix, "its calibration input holds", "the model as pruned so far yields them")
+    if pruner.needs != "nothing" and (stats is None or largest == 0):
+        note(f"{'saw no calibration token' if stats is None else 'its input is always zero'}; pruned by magnitude")
+        pruner, stats, rows = PRUNERS["magnitude"], None, None
     try:
-        weight = matrix.weight
         if asymmetry and stats is not None:
             weight = aim(weight, stats, asymmetry)
         if rows is None:
@@ -127,12 +139,21 @@ def _prune_matrix(
             weight = (pruner.prune(weight.float() * rows, stats, target, pattern) / rows).to(weight.dtype)
     except RunError as error:
         raise RunError(f"{matrix.name}: {error}") from error
+    except torch.linalg.LinAlgError as error:
+        advice = "give more calibration data (--nsamples) or prune with wanda"
+        raise RunError(f"{matrix.name}: {str(error).splitlines()[0]}; {advice}") from error
     finally:
         while stats is not None and stats.events:
             note(stats.events.pop(0))
     if not weight.isfinite().all():
-        raise RunError(f"{matrix.name}: holds NaN or infinity after pruning; try --dtype float32 or bfloat16")
+        raise _not_finite(matrix, "after pruning it holds", "prune with wanda, which changes no weight that stays")
     matrix.write(weight)
+
+
+def _not_finite(matrix: Matrix, what: str, otherwise: str) -> RunError:
+    """The error of NaN or infinity: float16 is short of range, and of another type there is `otherwise` to say."""
+    advice = "try --dtype float32 or bfloat16" if matrix.weight.dtype == torch.float16 else otherwise
+    return RunError(f"{matrix.name}: {what} NaN or infinity; {advice}")
 
 
 @dataclass

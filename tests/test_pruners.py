@@ -6,7 +6,7 @@ import torch
 
 from lib import PRUNERS, Pattern, RunError
 from lib.masks import lowest_of_rows
-from lib.pruners import sparsegpt
+from lib.pruners import damping
 from lib.stats import InputStats
 
 
@@ -104,15 +104,15 @@ def test_sparsegpt_retries_are_noted_and_bounded():
     assert len(stats.events) == 1
     hopeless = stats_of(x)
     hopeless.gram.neg_()
-    with pytest.raises(RunError, match="positive definite"):
+    with pytest.raises(RunError, match=r"Cholesky factorisation .* fails"):
         PRUNERS["sparsegpt"].prune(weight, hopeless, 0.5, Pattern())
-    assert len(hopeless.events) == sparsegpt.RETRIES + 1
+    assert len(hopeless.events) == damping.RETRIES + 1
 
 
 def test_the_factor_is_computed_once_for_all_readers(monkeypatch):
     stats, calls = stats_of(correlated_inputs(300, 32)), []
-    cholesky = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a, **k: (calls.append(1), cholesky(*a, **k))[1])
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda *a, **k: (calls.append(1), cholesky(*a, **k))[1])
     for _ in range(3):
         PRUNERS["sparsegpt"].prune(torch.randn(8, 32), stats, 0.5, Pattern())
     assert len(calls) == 1

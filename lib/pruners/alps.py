@@ -8,8 +8,8 @@ from torch import Tensor
 from ..masks import LowestOfMatrix, Pattern
 from ..stats import InputStats
 from .base import mask_of, pruner
+from .damping import add_damping, damped
 
-RIDGE = 0.01  # of the mean diagonal
 RHO = 0.1  # the first penalty, for a Gram matrix with a unit diagonal
 EVERY, MOST = 3, 300  # iterations between changes of the penalty, and in all
 # The penalty's growth by the share of kept weights that changed since it last grew: the less, the slower.
@@ -23,12 +23,15 @@ def decompose(stats: InputStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     One eigendecomposition serves (G + rho I)^-1 for every rho and every matrix that reads this input.
     """
-    gram = stats.gram.clone()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    scale = gram.diagonal().sqrt()
-    gram /= scale[:, None] * scale
-    values, vectors = torch.linalg.eigh(gram)
-    return scale, gram, values.clamp(min=0), vectors
+
+    def factorise(ridge: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gram = add_damping(stats.gram, ridge)
+        scale = gram.diagonal().sqrt()
+        gram /= scale[:, None] * scale
+        values, vectors = torch.linalg.eigh(gram)
+        return scale, gram, values.clamp(min=0), vectors
+
+    return damped(stats, "eigendecomposition", factorise)
 
 
 @pruner("alps", needs="gram")
