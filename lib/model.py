@@ -20,6 +20,7 @@ from . import ranks
 from .errors import RunError
 from .esd import as_published
 from .masks import Pattern
+from .memory import on_host
 from .progress import progress
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
@@ -236,8 +237,8 @@ def replaced_forward(module: nn.Module, forward):
 
 @contextmanager
 def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
-    """The prunable weights; whatever is done to the model's is undone in the end."""
-    weights = {matrix: matrix.weight.clone() for matrix in model.matrices}
+    """The prunable weights, on the host; whatever is done to the model's is undone in the end."""
+    weights = {matrix: on_host(matrix.weight) for matrix in model.matrices}
     try:
         yield weights
     finally:
