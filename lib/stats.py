@@ -82,7 +82,7 @@ class InputStats:
     def finish(self) -> None:
         """Call once all tokens are in: completes the symmetric matrix."""
         if self.gram is not None:
-            self.gram.copy_(self.gram.triu() + self.gram.triu(1).T)
+            mirror(self.gram)
 
     def derive(self, function: Callable[["InputStats"], object]) -> object:
         """`function(self)`, computed once however many matrices ask for it."""
@@ -106,3 +106,13 @@ def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
     for begin in range(0, x.shape[1], width):
         end = min(begin + width, x.shape[1])
         gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
+
+
+def mirror(gram: Tensor, blocks: int = 8) -> None:
+    """Copy what lies above the diagonal of (in, in) below it, part by part: a whole copy of it may be gigabytes."""
+    width = -(-len(gram) // blocks)
+    for begin in range(0, len(gram), width):
+        end = min(begin + width, len(gram))
+        gram[end:, begin:end] = gram[begin:end, end:].T
+        square = gram[begin:end, begin:end]
+        square.copy_(square.triu() + square.triu(1).T)
