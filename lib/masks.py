@@ -65,6 +65,12 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
 
     scores (rows, columns); counts one number, or (rows,) of them. Returns bool (rows, columns).
     """
+    if scores.is_cuda:
+        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/GPU.md).
+        order = scores.sort(dim=1, stable=True).indices
+        taken = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        taken = taken < (counts if isinstance(counts, int) else counts[:, None])
+        return torch.empty_like(taken).scatter_(1, order, taken)
     if isinstance(counts, int):
         if len(scores) == 0 or counts == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
@@ -113,6 +119,8 @@ class LowestOfMatrix:
         self._last: Tensor | None = None
 
     def __call__(self, scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
+        if scores.is_cuda:  # a search would wait for the GPU, and a sort takes less
+            return lowest_of_matrix(scores, sparsity, gone)
         flat, count = _first(scores, gone).reshape(1, -1), _count(scores, sparsity, gone)
         if count == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
@@ -162,8 +170,22 @@ def _level(zeros: Tensor, columns: int, total: int) -> tuple[int, int]:
 
 def lowest_of_groups(scores: Tensor, zeros: int, group: int, gone: Tensor | None = None) -> Tensor:
     """Mask of the `zeros` lowest of every `group` consecutive scores of a row (N:M)."""
-    counts = zeros if gone is None else _in_groups(gone, group).clamp(min=zeros)
-    return lowest(_first(scores, gone).reshape(-1, group), counts).view_as(scores)
+    columns = scores.reshape(-1, group).t().contiguous()
+    already = None if gone is None else gone.reshape(-1, group).t()
+    return lowest_of_columns(columns, zeros, already).t().reshape(scores.shape)
+
+
+def lowest_of_columns(scores: Tensor, zeros: int, gone: Tensor | None = None) -> Tensor:
+    """Mask of the `zeros` lowest scores of each column of a few rows, (M, n): by counting those before each.
+
+    Nothing is waited for, and on a CPU as on a GPU a selection takes longer.
+    """
+    scores, counts = _first(scores, gone), zeros if gone is None else gone.sum(0).clamp(min=zeros)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    for row, score in enumerate(scores):
+        before = (scores[:row] <= score).sum(0) + (scores[row + 1 :] < score).sum(0)
+        torch.lt(before, counts, out=mask[row])
+    return mask
 
 
 def _in_groups(gone: Tensor, group: int) -> Tensor:

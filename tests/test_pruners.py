@@ -225,11 +225,11 @@ def test_alps_has_a_smaller_layer_error_than_sparsegpt_and_wanda(sparsity, patte
 
 def test_refinement_reaches_least_squares_on_the_support():
     """Against the normal equations of each row, solved in float64."""
-    from lib.pruners.alps import decompose, refine
+    from lib.pruners.alps import normalise, refine
 
     x, weight = correlated_inputs(300, 10), torch.randn(6, 10)
     kept = torch.rand(6, 10) > 0.5
-    scale, gram, _, _ = decompose(stats_of(x))
+    scale, gram, _, _ = normalise(stats_of(x))
     dense = weight * scale
     found = refine(dense * kept, dense, gram, kept)  # ten steps for at most ten unknowns a row
     for i in range(6):

@@ -1,11 +1,15 @@
 """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): pruning with optimal brain surgeon updates."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..masks import Pattern, lowest, lowest_of_groups, lowest_of_matrix
+from ..graphs import captured
+from ..masks import Pattern, lowest, lowest_of_columns, lowest_of_matrix
 from ..stats import InputStats
 from .base import mask_of, pruner
 from .damping import damped
@@ -88,23 +92,66 @@ def sparsegpt(weight: Tensor, stats: InputStats, sparsity: float, pattern: Patte
         end = min(begin + width, size)
         part = columns[begin:end]  # (width, out), updated in place
         local = factor[begin:end, begin:end]
-        scale = local.diagonal()[:, None]
-        errors = torch.empty_like(part)
-        mask = torch.zeros_like(part, dtype=torch.bool)
+        here = None if gone is None else gone[begin:end]
         if pattern.group is None:
-            scores = (part / scale).square_()
+            scores = (part / local.diagonal()[:, None]).square_()
             if gone is not None:
-                scores.masked_fill_(gone[begin:end], -torch.inf)
+                scores.masked_fill_(here, -torch.inf)
             mask = lowest(scores.view(1, -1), counts[begin // width]).view_as(part)
-        for j in range(end - begin):
-            if pattern.group is not None and j % step == 0:
-                group = (part[j : j + step] / scale[j : j + step]).square_()  # (M, out)
-                already = None if gone is None else gone[begin + j : begin + j + step].t()
-                zeros = pattern.zeros(sparsity)
-                mask[j : j + step] = lowest_of_groups(group.t().contiguous(), zeros, step, already).t()
-            error = (part[j] * mask[j]).div_(local[j, j])  # (w_j - q_j) / U_jj, q the pruned column
-            errors[j] = error
-            part[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
-            part[j].masked_fill_(mask[j], 0)
+            errors = remove(part, local, mask)
+        else:
+            errors = remove(part, local, None, step, pattern.zeros(sparsity), here)
         columns[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
     return columns.t().to(weight.dtype)
+
+
+def remove(
+    part: Tensor, factor: Tensor, mask: Tensor | None, step: int = 0, zeros: int = 0, gone: Tensor | None = None
+) -> Tensor:
+    """Remove weights from a group of columns, one column after the other, each making up for those before it.
+
+    part (width, out) in place; factor (width, width) the group's part of U; mask (width, out) what to remove, or None:
+    `zeros` of every `step` columns, chosen as these begin, with what is `gone` already. Returns (width, out)
+    (w_j - q_j) / U_jj, q the pruned column. On a GPU all of it is one captured graph: launched one by one, its three
+    kernels a column would take eight times as long (docs/GPU.md).
+    """
+    if not part.is_cuda or gone is not None:
+        mask = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask
+        errors = torch.empty_like(part)
+        _column_by_column(part, factor, mask, errors, step, zeros, gone)
+        return errors
+    own, run = _graph(part.device, *part.shape, 0 if mask is not None else step, zeros)
+    own.part.copy_(part)
+    own.factor.copy_(factor)
+    if mask is not None:
+        own.mask.copy_(mask)
+    run()
+    part.copy_(own.part)
+    return own.errors
+
+
+def _column_by_column(part, factor, mask, errors, step, zeros, gone=None) -> None:
+    scale = factor.diagonal()[:, None]
+    for j in range(len(part)):
+        if step and j % step == 0:
+            group = slice(j, j + step)
+            scores = (part[group] / scale[group]).square_()  # (M, out)
+            mask[group] = lowest_of_columns(scores, zeros, None if gone is None else gone[group])
+        torch.mul(part[j], mask[j], out=errors[j]).div_(factor[j, j])
+        part[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    part.masked_fill_(mask, 0)
+
+
+class _Buffers(NamedTuple):
+    part: Tensor
+    factor: Tensor
+    mask: Tensor
+    errors: Tensor
+
+
+@lru_cache(maxsize=8)  # shapes of a model's matrices
+def _graph(device: torch.device, width: int, rows: int, step: int, zeros: int) -> tuple[_Buffers, Callable[[], None]]:
+    """Tensors and a function that does to them what `_column_by_column` does, captured once."""
+    part, errors = torch.zeros(2, width, rows, device=device)
+    own = _Buffers(part, torch.eye(width, device=device), torch.zeros_like(part, dtype=torch.bool), errors)
+    return own, captured(lambda: _column_by_column(*own, step, zeros), device)
