@@ -22,6 +22,8 @@ WAYS = {
 }
 UNSTRUCTURED, TWO_OF_FOUR = Pattern(), Pattern(4)
 PATTERNS = {"unstructured": UNSTRUCTURED, "2:4": TWO_OF_FOUR}
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])]
 EVERY = [(way, pattern) for way in WAYS for pattern in PATTERNS if (way, pattern) != ("variant", "2:4")]
 
 
@@ -52,10 +54,12 @@ def with_zeros(kind: str) -> LanguageModel:
     return model
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["scattered", "rows", "columns"])
 @pytest.mark.parametrize("way", WAYS)
-def test_zeros_stay_and_count(way, kind):
+def test_zeros_stay_and_count(way, kind, device):
     model = with_zeros(kind)
+    model.model.to(device)
     before = zeros_of(model)
     assert pruned(model, way, 0.6) == []
     for matrix in model.matrices:
@@ -108,9 +112,11 @@ def dead_model() -> tuple[LanguageModel, str]:
     return model, "model.layers.1.mlp.down_proj"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("way", "pattern"), EVERY)
-def test_an_input_that_is_always_zero_is_pruned_by_magnitude(way, pattern):
+def test_an_input_that_is_always_zero_is_pruned_by_magnitude(way, pattern, device):
     model, name = dead_model()
+    model.model.to(device)
     weight = next(matrix.weight.clone() for matrix in model.matrices if matrix.name == name)
     events = pruned(model, way, 0.5, PATTERNS[pattern])
     found = next(matrix.weight for matrix in model.matrices if matrix.name == name)
@@ -122,11 +128,12 @@ def test_an_input_that_is_always_zero_is_pruned_by_magnitude(way, pattern):
             assert int((matrix.weight == 0).sum()) == matrix.size // 2, matrix.name
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("share", [0.25, 0.75])
 @pytest.mark.parametrize(("way", "pattern"), EVERY)
-def test_inputs_of_which_some_are_always_zero(way, pattern, share):
+def test_inputs_of_which_some_are_always_zero(way, pattern, share, device):
     """Every matrix meets its target, also where more of its inputs are dead than weights are to go."""
-    model = LanguageModel(tiny_model("llama"))
+    model = LanguageModel(tiny_model("llama").to(device))
     for layer in model.blocks:
         for rows in (layer.mlp.up_proj.weight, layer.self_attn.v_proj.weight):
             rows.data[: int(share * len(rows))] = 0
