@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from shared import MODEL, needs_model
+from tiny import tiny_model
 
-from lib import find_source, load_model
+from lib import LanguageModel, RunError, esd, find_source, layer_quality, load_model
 from lib.esd import DegenerateSpectrumError, Spectrum, as_published
 from lib.metrics import METRICS
 
@@ -235,3 +236,21 @@ def test_signs_follow_what_noise_looks_like():
         if name in ("alpha_weighted", "log_alpha_norm"):  # products with a norm, which follows the scale
             continue
         assert metric.sign * metric.score(Spectrum(noise)) > metric.sign * metric.score(Spectrum(trained)), name
+
+
+@pytest.mark.parametrize("up_to", [0, 2560])
+def test_eigenvalues_that_do_not_converge_end_in_one_line_with_the_matrix(monkeypatch, up_to):
+    def torch_fails(*_args, **_options):
+        raise torch.linalg.LinAlgError("linalg.eigvalsh: failed to converge\nand more")
+
+    def scipy_fails(*_args, **_options):
+        raise np.linalg.LinAlgError("eigenvalues did not converge")
+
+    monkeypatch.setattr(esd, "SCIPY_UP_TO", up_to)  # the rows up to which scipy's are taken, else torch's
+    monkeypatch.setattr(torch.linalg, "eigvalsh", torch_fails)
+    monkeypatch.setattr(esd, "eigvalsh", scipy_fails)
+    model = LanguageModel(tiny_model("llama"))
+    first = model.matrices[0].name
+    with pytest.raises(RunError, match=rf"^{first}: no eigenvalues \(.*converge\); .*--device") as error:
+        layer_quality(model, "alpha_peak")
+    assert "\n" not in str(error.value)
