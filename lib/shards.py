@@ -52,6 +52,10 @@ class Shards:
         except (SafetensorError, OSError) as error:
             raise RunError(f"--model {self.name}: {path.name} cannot be read: {error}") from error
 
+    def holds(self, name: str) -> bool:
+        """Whether the files have what the parameter or buffer `name` is made of."""
+        return name in self._sources
+
     def read(self, names: Iterable[str], device: torch.device) -> None:
         """Give the model's parameters and buffers of these names their values, on `device`, in the dtype they were
         built with. Raises RunError for one that is missing, of another shape, or holds NaN or infinity.
@@ -86,6 +90,11 @@ class Shards:
             setattr(module, key, value if key in module._buffers else nn.Parameter(value, requires_grad=False))
 
 
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, key = name.rpartition(".")
+    setattr(model.get_submodule(path), key, value)
+
+
 def _get(model: nn.Module, name: str) -> torch.Tensor:
     path, _, key = name.rpartition(".")
     return getattr(model.get_submodule(path), key)
@@ -109,6 +118,13 @@ class ShardedModel(LanguageModel):
         state = list(model.state_dict())
         inside = {index: f"{self.prefix}.{index}." for index in range(len(self.blocks))}
         self._inside = {i: [name for name in state if name.startswith(start)] for i, start in inside.items()}
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        # What several modules share has several names, of which the files may hold any.
+        self._aliases = {name: found for found in names.values() if len(found) > 1 for name in found}
+        blocks = {name: index for index, held in self._inside.items() for name in held}
+        self._last_block = {name: max(blocks.get(n, -1) for n in self._names(name)) for name in blocks}
         self._rest = [name for name in state if not name.startswith(f"{self.prefix}.")]
 
     @property
@@ -130,32 +146,54 @@ class ShardedModel(LanguageModel):
         tied = set(self.model.all_tied_weights_keys or {})
         return {name: _get(self.model, name) for name in self._rest if name not in tied}
 
+    def _names(self, name: str) -> list[str]:
+        """All names of what is called `name`."""
+        return self._aliases.get(name, [name])
+
     def block_state(self, index: int) -> dict[str, torch.Tensor]:
-        """The tensors of a resident block by name."""
-        return {name: _get(self.model, name) for name in self._inside[index]}
+        """The tensors of a resident block by name, without those that a later block shares; each once."""
+        tied = self.model.all_tied_weights_keys or {}
+        found = {name: _get(self.model, name) for name in self._inside[index] if self._last_block[name] == index}
+        return {tied.get(name, self._names(name)[0]): value for name, value in found.items()}
 
     def replace(self, blocks: Iterable[int], files: Iterable[Path]) -> None:
         """From now on read these blocks from other files."""
         self._replaced |= dict.fromkeys(blocks, Shards(self.model, files, self.name))
 
+    def _place(self, name: str, upto: int | None) -> tuple[Shards, str]:
+        """Where what is called `name` is read from, and its name there."""
+        last = self._last_block[name]
+        replaced = None if upto is not None and last > upto else self._replaced.get(last)
+        for shards in filter(None, (replaced, self._shards)):
+            for alias in self._names(name):
+                if shards.holds(alias):
+                    return shards, alias
+        return self._shards, name
+
     @contextmanager
-    def _resident(self, block: int, names: list[str], original: bool = False):
-        shards = self._shards if original else self._replaced.get(block, self._shards)
-        shards.read(names, self._device)
+    def _resident(self, names: list[str], upto: int | None = None):
+        places = {name: self._place(name, upto) for name in names}
         try:
+            for shards in {shards for shards, _ in places.values()}:
+                shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
+            for name, (_, alias) in places.items():
+                _set(self.model, name, _get(self.model, alias))
             yield
         finally:
-            self._shards.drop(names)
+            self._shards.drop({*names, *(alias for _, alias in places.values())})
+            for name in names:  # one still, though without values
+                for alias in self._names(name)[1:]:
+                    _set(self.model, alias, _get(self.model, self._names(name)[0]))
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):
         names = dict.fromkeys(f"{self._paths[id(m.module)]}.{m.parameter}" for m in matrices)
-        with self._resident(matrices[0].block, list(names)):
+        with self._resident(list(names)):
             yield
 
     @contextmanager
-    def resident_block(self, index: int, original: bool = False):
-        with self._resident(index, self._inside[index], original):
+    def resident_block(self, index: int, upto: int | None = None):
+        with self._resident(self._inside[index], upto):
             yield
 
     @contextmanager
