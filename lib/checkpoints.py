@@ -58,7 +58,7 @@ def _unpickled(path: Path, model: str) -> _Pickled:
     except UnpicklingError as error:  # its message advises to load the file without this safety
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise RunError(
-            f"--model {model}: {path.name} is damaged or holds more than tensors"
+            f"--model {model}: of its weights, {path.name} is damaged or holds more than tensors"
             + (f" ({named[1]}, which loading it would call)" if named else "")
             + ", and was not loaded; get the model as safetensors, or from its maker"
         ) from error
@@ -68,7 +68,7 @@ def _unpickled(path: Path, model: str) -> _Pickled:
 
 def _unreadable(path: Path, model: str, error: Exception) -> RunError:
     reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    return RunError(f"--model {model}: {path.name} cannot be read: {' '.join(reason.split())[:200]}")
+    return RunError(f"--model {model}: of its weights, {path.name} cannot be read: {' '.join(reason.split())[:200]}")
 
 
 @contextmanager

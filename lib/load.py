@@ -157,7 +157,7 @@ def load_model(
     shards = None if source.gguf else _shards(source, options["dtype"])
     if shards:
         shards.check(whole=True)
-    if device != "cpu":
+    if device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
         options["device_map"] = "auto" if device == "cuda" and torch.cuda.device_count() > 1 else {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}

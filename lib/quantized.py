@@ -1,6 +1,7 @@
 """Checkpoints whose weights are quantised: read as the weights that they stand for, or refused."""
 
 import copy
+import inspect
 
 from transformers import PretrainedConfig
 
@@ -25,41 +26,42 @@ def dequantizing(config: PretrainedConfig, model: str) -> PretrainedConfig:
     Raises RunError where transformers cannot do that for this kind of quantisation, on any device, or lacks a package
     for it.
     """
-    from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig  # a second to import
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # a second to import
 
     config = copy.deepcopy(config)
     for part in _holders(config):
         given = getattr(part, KEY)
         settings = dict(given if isinstance(given, dict) else given.to_dict())
-        method = settings.get("quant_method") or "an unnamed method"
+        method = settings.get("quant_method") or "by a method without a name"
         method = str(getattr(method, "value", method))
-        try:
-            known = AutoQuantizationConfig.from_dict(dict(settings))
-            if not hasattr(known, "dequantize"):
-                raise ValueError
-            setattr(part, KEY, settings | {"dequantize": True})
-            quantizer = AutoHfQuantizer.from_config(dict(getattr(part, KEY)), pre_quantized=True)
-            quantizer.validate_environment(device_map=None, weights_only=True)
-        except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"--model {model}: its weights are quantised ({method}): {reason}") from error
-        except Exception as error:  # whatever a method makes of settings that it does not know
+        known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+        if known is None or "dequantize" not in inspect.signature(known).parameters:
             raise RunError(
-                f"--model {model}: its weights are quantised ({method}), and transformers does not load these as "
-                "ordinary weights; give the model that they were made from, or a copy that was dequantised and saved"
-            ) from error
+                f"--model {model}: its weights are quantised ({method}), which transformers cannot load as ordinary "
+                "weights; give the model that they were made from, or a copy that was dequantised and saved"
+            )
+        setattr(part, KEY, settings | {"dequantize": True})
+        try:
+            _quantizer(part)
+        except Exception as error:  # a package that is missing, or whatever a method makes of settings it cannot read
+            reason = " ".join(str(error).split())
+            raise RunError(f"--model {model}: its weights are quantised ({method}): {reason[:300]}") from error
     return config
+
+
+def _quantizer(config: PretrainedConfig):
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(dict(getattr(config, KEY)), pre_quantized=True)
+    quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+    return quantizer
 
 
 def prepare(model, config: PretrainedConfig):
     """The quantiser that dequantises what a model on the meta device reads, or None; `config` is of `dequantizing`."""
-    from transformers.quantizers.auto import AutoHfQuantizer
-
-    found = _holders(config)
-    if not found:
+    if not is_quantized(config):
         return None
-    quantizer = AutoHfQuantizer.from_config(dict(getattr(found[0], KEY)), pre_quantized=True)
-    quantizer.validate_environment(device_map=None, weights_only=True)
+    quantizer = _quantizer(_holders(config)[0])
     quantizer.preprocess_model(model=model, dtype=model.dtype, device_map=None, checkpoint_files=[], use_kernels=False)
     forget(model)
     return quantizer

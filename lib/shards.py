@@ -81,8 +81,8 @@ class Shards:
 
     def _unexplained(self, source: str) -> RunError:
         return RunError(
-            f"--model {self.name}: its weights are quantised ({source} is {self._headers[source].stored}), and its "
-            "config.json does not say how; give the model that they were made from"
+            f"--model {self.name}: its weights are quantised ({source} is {self._headers[source].stored}), and nothing "
+            "in its config.json says how to read them; give the model that they were made from"
         )
 
     def separate(self, tied: dict[str, str]) -> list[str]:
