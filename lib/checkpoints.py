@@ -1,6 +1,7 @@
 """What lies in the weight files of a checkpoint: tensors by name, whose values are read one at a time.
 
-A file is safetensors or a pickle of PyTorch's; both are mapped into memory, so that only what is asked for is read.
+A file is safetensors or a pickle of PyTorch's; both are mapped into memory, so that only what is asked for is read (but
+for pickles from before 2020, which are read whole).
 """
 
 import re
@@ -9,6 +10,7 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -46,19 +48,27 @@ class Header:
 class _Pickled(dict):
     """The tensors of a pickle, as safetensors shows those of its own."""
 
-    get_slice = dict.__getitem__
+    def get_slice(self, name: str) -> Tensor:
+        return self[name]
+
+
+class _PickledOfOld(_Pickled):
+    """Of a file that is read whole and kept: nobody gets the tensors themselves."""
+
+    def get_slice(self, name: str) -> Tensor:
+        return self[name].clone()
 
 
 def _unpickled(path: Path, model: str) -> _Pickled:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol
-            held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        return _Pickled({name: value for name, value in held.items() if isinstance(value, Tensor)})
+        if zipfile.is_zipfile(path):
+            return _Pickled(_tensors(path, mmap=True))
+        stat = path.stat()
+        return _whole(path, (stat.st_size, stat.st_mtime_ns))
     except UnpicklingError as error:  # its message advises to load the file without this safety
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise RunError(
-            f"--model {model}: of its weights, {path.name} is damaged or holds more than tensors"
+            f"--model {model}: its weights cannot be loaded: {path.name} is damaged or holds more than tensors"
             + (f" ({named[1]}, which loading it would call)" if named else "")
             + ", and was not loaded; get the model as safetensors, or from its maker"
         ) from error
@@ -66,9 +76,24 @@ def _unpickled(path: Path, model: str) -> _Pickled:
         raise _unreadable(path, model, error) from error
 
 
+@lru_cache(maxsize=1)
+def _whole(path: Path, _changed: tuple[int, int]) -> _PickledOfOld:
+    """Of a format that cannot be read in parts."""
+    return _PickledOfOld(_tensors(path, mmap=False))
+
+
+def _tensors(path: Path, mmap: bool) -> dict[str, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the pickle's protocol
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+
+
 def _unreadable(path: Path, model: str, error: Exception) -> RunError:
     reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
-    return RunError(f"--model {model}: of its weights, {path.name} cannot be read: {' '.join(reason.split())[:200]}")
+    return RunError(
+        f"--model {model}: its weights cannot be loaded: {path.name} cannot be read: {' '.join(reason.split())[:200]}"
+    )
 
 
 @contextmanager

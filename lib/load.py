@@ -100,15 +100,20 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
         raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
 
 
-@cache
 def load_config(source: Source):
     """The model's configuration, read once (a GGUF file takes seconds); where the weights are quantised, one that has
     them dequantised. Raises RunError for an adapter, and for weights whose quantisation cannot be undone.
     """
+    file = Path(source.path) / (source.gguf or "config.json")
+    return _read_config(source, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@cache
+def _read_config(source: Source, _changed: int | None):
     if not source.gguf and not Path(source.path).is_dir() and cached(source, ADAPTER[0]):
         raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
-    return quantized.dequantizing(config, source.name) if not source.gguf else config
+    return config if source.gguf else quantized.dequantizing(config, source.name)
 
 
 def load_tokenizer(source: Source):
@@ -223,11 +228,14 @@ def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save
 
 
 def cached(source: Source, file: str) -> str | None:
-    """Where a file of the model lies, downloaded if need be; None where the model has no such file."""
-    return cached_file(
-        source.path, file, cache_dir=source.cache_dir, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    """Where a file beside the weights lies, downloaded if need be; None where the model has no such file."""
+    try:
+        return cached_file(
+            source.path, file, cache_dir=source.cache_dir, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model {source.name}: its {file} cannot be looked up: {error}") from error
 
 
 def weight_files(source: Source) -> list[Path]:
