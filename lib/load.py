@@ -110,7 +110,7 @@ def load_config(source: Source):
 
 @cache
 def _read_config(source: Source, _changed: int | None):
-    if not source.gguf and not Path(source.path).is_dir() and cached(source, ADAPTER[0]):
+    if not source.gguf and cached(source, ADAPTER[0]):
         raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
     return config if source.gguf else quantized.dequantizing(config, source.name)

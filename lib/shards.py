@@ -55,14 +55,14 @@ class Shards:
         """Raises RunError for a parameter that the files hold in a code that nothing in the configuration explains,
         and with `whole` for one that they lack. Reads no value.
         """
-        tied, groups = self.model.all_tied_weights_keys or {}, defaultdict(set)
-        for target, source in tied.items():
-            groups[source] |= {target, source}
+        names = defaultdict(list)  # of what is tied or shared, of which the files may hold any
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names[id(parameter)].append(name)
         for name, parameter in self.model.named_parameters():
             coded = [source for source in self._sources.get(name, []) if self._headers[source].coded]
             if parameter.is_floating_point() and coded and not self._scaled(name):
                 raise self._unexplained(coded[0])
-            if any(map(self.holds, groups.get(tied.get(name, name), {name}))):
+            if any(map(self.holds, names[id(parameter)])):
                 continue
             module = f"{name.rpartition('.')[0]}."
             for source, header in self._headers.items():
