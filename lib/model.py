@@ -85,6 +85,8 @@ class LanguageModel:
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
     prefix      the full name of the list of blocks
+    saved_as    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
+    notes       what was found at loading and is worth an event
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
 
@@ -94,6 +96,8 @@ class LanguageModel:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name = name or type(model).__name__
         self.prefix, self.blocks = _find_blocks(model)
+        self.saved_as: dict[str, torch.dtype] = {}
+        self.notes: list[str] = []
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
         for index, block in enumerate(self.blocks):
@@ -139,6 +143,19 @@ class LanguageModel:
     def resident_in_forward(self, index: int):
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
+
+    def block_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block, which is resident, by name."""
+        return self.blocks[index].state_dict(prefix=f"{self.prefix}.{index}.")
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors by name, each tied one once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: value for name, value in self.model.state_dict().items() if name not in tied}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of these the ones outside the blocks."""
+        return {name: value for name, value in self.state().items() if not name.startswith(f"{self.prefix}.")}
 
     @property
     def parameters(self) -> int:

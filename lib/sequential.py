@@ -20,6 +20,7 @@ from .pruners.asymmetry import aim
 from .recovery import recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
+from .storage import settle
 from .stream import Beside, Stream
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,9 @@ def prune_model(
             with clock("recover"):
                 recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
+        for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
+            log.warning("%s", message)
+            found.append({"matrix": None, "message": message})
         events += found
         if commit is not None:
             with clock("commit"):
