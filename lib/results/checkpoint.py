@@ -71,10 +71,10 @@ def as_safetensors(source: Source) -> Source:
         origin, dtype = source.path, str(load_config(source).dtype or "float32").removeprefix("torch.")
     key = hashlib.sha256(origin.encode()).hexdigest()[:12]
     folder = Path(source.cache_dir) / "converted" / f"{Path(source.name).stem}-{key}"
-    if not (folder / MARK).is_file():
-        log.info("%s: converted once to safetensors in %s", source.name, folder)
-        if ranks.first():
-            save_checkpoint(load_model(source, "cpu", dtype, load_tokenizer(source)), folder)
+    if not (folder / MARK).is_file() and ranks.first():
+        log.info("%s: has no safetensors; reading it whole, once, to convert it", source.name)
+        save_checkpoint(load_model(source, "cpu", dtype, load_tokenizer(source)), folder)
+        log.info("%s: converted to safetensors in %s", source.name, folder)
     ranks.barrier()
     return dataclasses.replace(find_source(str(folder), source.cache_dir), name=source.name)
 

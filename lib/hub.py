@@ -1,0 +1,316 @@
+"""The Hugging Face hub: what is fetched from it, where it is kept, and what is said when it fails.
+
+Nothing else here asks the hub for anything. A model becomes a local folder before a library reads it, a data set local
+files, all in huggingface_hub's cache under --cache_dir, so that a later run finds them without a network. What may pass
+(a cut connection, a timeout, 429, 5xx) is tried again until nothing has moved for PATIENCE seconds, with a line in the
+log; what may not is a RunError that says what happened and what to do.
+"""
+
+import errno
+import functools
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
+from tqdm import tqdm
+
+from .errors import RunError
+from .progress import silent
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 20.0  # seconds without a byte after which a fetch is given up
+ANSWER = 10.0  # seconds that one request may take to be answered, or to go on
+PASSING = (408, 429, 500, 502, 503, 504)
+
+# In the order in which transformers looks for them.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # at the top: configurations and tokenizers
+INSTEAD = {"model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'"}
+UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
+if "HF_HUB_DISABLE_XET" not in os.environ:
+    # Xet's client retries, waits and caches (in ~/.cache) by rules of its own, unseen from here.
+    constants.HF_HUB_DISABLE_XET = True
+
+
+class HubError(RunError):
+    """`what` happened when the hub was asked, and a remedy."""
+
+    def __init__(self, asked: str, what: str, remedy: str):
+        super().__init__(f"{asked}: {what}; {remedy}" if remedy else f"{asked}: {what}")
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Repository:
+    """`name` on the hub, of the `kind` "model" or "dataset"; `asked` is the flag that wants it, with its value."""
+
+    name: str
+    kind: str
+    cache_dir: str
+    asked: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit: its files' names, and the folder in the cache where those that were fetched lie.
+
+    Where the hub could not be asked, the names are those of the files in the cache, and `trouble` says why.
+    """
+
+    repository: Repository
+    commit: str
+    folder: Path
+    names: frozenset[str]
+    trouble: str = ""
+
+
+def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
+    """A model's configuration and tokenizer (and with `code` its Python files), fetched or from the cache; no weight.
+
+    Raises RunError where they are in neither place.
+    """
+    cached = _cached(repository, "config.json")
+    try:
+        with _asking(repository, patience=0 if cached else None):
+            info = huggingface_hub.HfApi(endpoint=_endpoint()).repo_info(
+                repository.name, repo_type=repository.kind, timeout=ANSWER
+            )
+    except HubError as error:
+        if cached is None:
+            raise
+        log.info("%s: %s; going on with what is in %s", repository.name, error.what, repository.cache_dir)
+        names = (str(path.relative_to(cached.parent)) for path in cached.parent.rglob("*") if path.is_file())
+        return Snapshot(repository, cached.parent.name, cached.parent, frozenset(names), error.what)
+    names = frozenset(sibling.rfilename for sibling in info.siblings)
+    if "config.json" not in names:
+        raise RunError(f"{repository.asked}: {_no_config(names)}")
+    folder = fetch(repository, "config.json").parent  # by the branch, whose commit the cache then remembers
+    snapshot = Snapshot(repository, folder.name, folder, names)
+    top = (name for name in names if "/" not in name and any(fnmatch(name, like) for like in SMALL))
+    files = {name for name in top if not name.endswith(".index.json")}
+    _fetch_all(snapshot, files | {name for name in names if code and name.endswith(".py")})
+    return snapshot
+
+
+def fetch_weights(snapshot: Snapshot) -> None:
+    """A model's weight files into its folder: safetensors where it has any, else `.bin`.
+
+    Raises RunError where it has none, or where they can neither be fetched nor are in the cache.
+    """
+    cached = f"not in {snapshot.repository.cache_dir}, and {snapshot.trouble}" if snapshot.trouble else None
+    try:
+        named = json.loads((snapshot.folder / "config.json").read_text()).get("transformers_weights")
+    except (ValueError, AttributeError) as error:
+        raise RunError(f"{snapshot.repository.asked}: its config.json is no configuration: {error}") from error
+    accepted = [named] if named else WEIGHTS
+    found = next((name for name in accepted if name in snapshot.names), None)
+    if found is None:
+        raise RunError(f"{snapshot.repository.asked}: its weights are {cached or 'none of ' + ', '.join(accepted)}")
+    _fetch_all(snapshot, [found])
+    if found.endswith(".index.json"):
+        try:
+            shards = set(json.loads((snapshot.folder / found).read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{snapshot.repository.asked}: {found} is no index of weights: {error!r}") from error
+        if missing := sorted(shards - snapshot.names):
+            where = cached or "not in the repository"
+            raise RunError(f"{snapshot.repository.asked}: {missing[0]}, which {found} names, is {where}")
+        _fetch_all(snapshot, shards)
+
+
+def fetch_data(repository: Repository, file: str, revision: str = "main") -> Path:
+    """A file of a data set; from the cache, without asking, where it was fetched before. Raises RunError."""
+    return _cached(repository, file, revision) or fetch(repository, file, revision)
+
+
+def fetch(repository: Repository, file: str, revision: str = "main") -> Path:
+    """A file of a repository, in the cache. Raises RunError."""
+    with _asking(repository, file) as watch:
+        return _download(repository, file, revision, endpoint=_endpoint(), etag_timeout=ANSWER, tqdm_class=_bar(watch))
+
+
+def _fetch_all(snapshot: Snapshot, names: Iterable[str]) -> None:
+    for name in sorted(names):
+        if not (snapshot.folder / name).is_file():
+            fetch(snapshot.repository, name, snapshot.commit)
+
+
+def _cached(repository: Repository, file: str, revision: str = "main") -> Path | None:
+    try:
+        return _download(repository, file, revision, local_files_only=True)
+    except (OSError, ValueError):  # not there; or no name at all, which the question to the hub says better
+        return None
+
+
+def _download(repository: Repository, file: str, revision: str, **options) -> Path:
+    options |= {"repo_type": repository.kind, "revision": revision, "cache_dir": repository.cache_dir}
+    return Path(huggingface_hub.hf_hub_download(repository.name, file, **options))
+
+
+def _no_config(names: frozenset[str]) -> str:
+    if "adapter_config.json" in names:
+        return "is an adapter and no model; merge it into its base model, save that, and give the folder"
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        return f"holds GGUF files; fetch one of them, such as {gguf[0]}, and give its path"
+    return "has no config.json, so it is no model of transformers"
+
+
+def _endpoint() -> str:
+    """The hub's address, as the environment says now and not when huggingface_hub was imported."""
+    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+
+
+def _bar(watch: "_Watch") -> type[tqdm]:
+    """The bar of a download: it is made when the first bytes are asked for, and what it counts is what moves."""
+
+    class Bar(tqdm):
+        def __init__(self, *args, desc: str = "", total: int | None = None, **options):
+            size = "" if total is None else f" ({tqdm.format_sizeof(total)}B)"
+            log.info("%s: fetching %s%s", watch.name, watch.file, size)
+            super().__init__(*args, desc=desc, total=total, **options | {"disable": silent()})
+
+        def update(self, count: float | None = 1):
+            watch.moved = time.monotonic()
+            return super().update(count)
+
+    return Bar
+
+
+class _GaveUpError(Exception):
+    """Of no kind that huggingface_hub would try again. Its cause is what the last attempt came to."""
+
+
+class _Watch:
+    """The requests of one fetch, each tried again while fewer than `patience` seconds have passed without a byte."""
+
+    def __init__(self, name: str, file: str, patience: float):
+        self.name, self.file, self.patience = name, file, patience
+        self.moved, self.attempts, self.answered = time.monotonic(), 0, False
+
+    def send(self, send: Callable, request: httpx.Request, **options) -> httpx.Response:
+        """In place of the `send` of huggingface_hub's session."""
+        pause = 1.0
+        while True:
+            left = self.moved + self.patience - time.monotonic() if self.attempts else ANSWER
+            if left <= 0:
+                raise _GaveUpError from httpx.ReadTimeout("the download stalled", request=request)
+            self.attempts += 1
+            request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), min(ANSWER, left))
+            try:
+                response = send(request, **options)
+                self.answered = True
+                if response.status_code not in PASSING:
+                    return response
+                hf_raise_for_status(response)
+            except (httpx.ProxyError, httpx.ConnectError, httpx.ConnectTimeout) as error:
+                if not self.answered:  # there is no way to the hub, and waiting makes none
+                    raise _GaveUpError from error
+                trouble, wait = error, pause
+            except httpx.TransportError as error:
+                trouble, wait = error, pause
+            except errors.HfHubHTTPError as error:
+                error.response.close()
+                trouble, wait = error, max(pause, _wait_asked_for(error.response))
+            if time.monotonic() + wait > self.moved + self.patience:
+                raise _GaveUpError from trouble
+            log.info("%s: %s; trying again", self.name, _happened(trouble, self.name)[0])
+            time.sleep(wait)
+            pause *= 2
+
+
+@contextmanager
+def _asking(repository: Repository, file: str = "", patience: float | None = None) -> Iterator[_Watch]:
+    """Around calls of huggingface_hub: its session is watched, and what fails is a RunError."""
+    watch, session = _Watch(repository.name, file, PATIENCE if patience is None else patience), get_session()
+    session.send = functools.partial(watch.send, session.send)
+    try:
+        yield watch
+    except Exception as error:  # of httpx, huggingface_hub and the file system: they have no common base class
+        if getattr(error, "errno", None) in UNWRITABLE:
+            raise RunError(f"--cache_dir {repository.cache_dir}: cannot be written: {error.strerror}") from error
+        raise HubError(repository.asked, *_happened(error, repository.name, repository.kind)) from error
+    finally:
+        del session.send
+
+
+def _happened(error: BaseException, name: str, kind: str = "model") -> tuple[str, str]:
+    """What an error of huggingface_hub says happened, by its first cause, and what to do about it."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, errors.HfHubHTTPError):
+            return _refused(cause, name, kind)
+        if isinstance(cause, httpx.TransportError):
+            return _failed(cause, kind)
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set", f"unset it to fetch it once; offline, give {INSTEAD[kind]}"
+        if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
+            return f"{_endpoint()} does not answer as the hub does", "is it a login page, or HF_ENDPOINT wrong?"
+        if isinstance(cause, errors.HFValidationError):
+            return f"cannot be a name on the hub ({_line(cause)})", ""
+        cause = cause.__cause__ or cause.__context__
+    return f"cannot be fetched: {_line(error)}", ""
+
+
+def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, str]:
+    """Of an answer that says no."""
+    response, token = error.response, huggingface_hub.get_token() is not None
+    said = " ".join((error.server_message or "").split())
+    answer = f"{response.status_code} {response.reason_phrase}" + (f": {said}" if said else "")
+    page = f"{_endpoint()}/{name}" if kind == "model" else f"{_endpoint()}/datasets/{name}"
+    login = "set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, errors.GatedRepoError):
+        if token:
+            return f"gated, and closed to this token's account ({answer})", f"ask for access at {page}"
+        return f"gated ({answer})", f"accept its terms at {page}, then {login}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        remedy = "check the name" if token else f"check the name; if it is private, {login}"
+        return f"the hub shows no {kind} of this name ({answer})".replace("dataset", "data set"), remedy
+    if response.status_code == 401:
+        return f"the hub refuses the token ({answer})", "renew HF_TOKEN, or run `hf auth login`"
+    if response.status_code == 429:
+        wait = _wait_asked_for(response)
+        limit = "" if token else f", or {login} for a higher limit"
+        return f"the hub was asked too often ({answer})", f"wait {f'{wait:.0f} s' if wait else 'some minutes'}{limit}"
+    url = response.url.copy_with(query=None)
+    if response.status_code >= 500:
+        return f"the hub fails at {url} ({answer})", "try again later"
+    return f"the hub refuses {url} ({answer})", ""
+
+
+def _failed(error: httpx.TransportError, kind: str) -> tuple[str, str]:
+    """Of a request that got no answer."""
+    said, url = _line(error), error.request.url
+    host = f"{url.scheme}://{url.netloc.decode()}"
+    if isinstance(error, httpx.ProxyError):
+        return f"the proxy to {host} fails ({said})", "check HTTPS_PROXY and NO_PROXY"
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        if "CERTIFICATE" in said:
+            return f"the certificate of {host} is not accepted ({said})", "check the proxy, or SSL_CERT_FILE"
+        return f"{host} cannot be reached ({said})", f"offline, give {INSTEAD[kind]}"
+    if isinstance(error, httpx.TimeoutException):
+        return f"{host} does not answer ({said})", "try again later"
+    return f"{host} cut the connection ({said})", "try again"
+
+
+def _wait_asked_for(response: httpx.Response) -> float:
+    """Seconds after which a server that is asked too often wants to be asked again; 0 where it names none."""
+    told = response.headers.get("retry-after", "")
+    if found := re.search(r"\bt=(\d+)", response.headers.get("ratelimit", "")):
+        told = found[1]
+    return float(told) if told.isdigit() else 0.0
+
+
+def _line(error: BaseException) -> str:
+    return " ".join((str(error).strip() or type(error).__name__).split())
