@@ -39,8 +39,9 @@ SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # at the top: c
 INSTEAD = {"model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'"}
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
+# What would wait, try again or write to ~/.cache by rules of its own, unseen from here.
+constants.HF_HUB_DISABLE_TELEMETRY = True
 if "HF_HUB_DISABLE_XET" not in os.environ:
-    # Xet's client retries, waits and caches (in ~/.cache) by rules of its own, unseen from here.
     constants.HF_HUB_DISABLE_XET = True
 
 
@@ -173,17 +174,14 @@ def _endpoint() -> str:
 
 
 def _bar(watch: "_Watch") -> type[tqdm]:
-    """The bar of a download: it is made when the first bytes are asked for, and what it counts is what moves."""
+    """The bar of a download, which huggingface_hub makes when the first bytes are about to come."""
 
     class Bar(tqdm):
         def __init__(self, *args, desc: str = "", total: int | None = None, **options):
             size = "" if total is None else f" ({tqdm.format_sizeof(total)}B)"
             log.info("%s: fetching %s%s", watch.name, watch.file, size)
+            watch.began = True
             super().__init__(*args, desc=desc, total=total, **options | {"disable": silent()})
-
-        def update(self, count: float | None = 1):
-            watch.moved = time.monotonic()
-            return super().update(count)
 
     return Bar
 
@@ -197,11 +195,14 @@ class _Watch:
 
     def __init__(self, name: str, file: str, patience: float):
         self.name, self.file, self.patience = name, file, patience
-        self.moved, self.attempts, self.answered = time.monotonic(), 0, False
+        self.moved, self.furthest, self.attempts = time.monotonic(), 0, 0
+        self.answered = self.began = False
 
     def send(self, send: Callable, request: httpx.Request, **options) -> httpx.Response:
         """In place of the `send` of huggingface_hub's session."""
         pause = 1.0
+        if self.began:
+            log.info("%s: the download of %s broke off; going on", self.name, self.file)
         while True:
             left = self.moved + self.patience - time.monotonic() if self.attempts else ANSWER
             if left <= 0:
@@ -212,6 +213,9 @@ class _Watch:
                 response = send(request, **options)
                 self.answered = True
                 if response.status_code not in PASSING:
+                    if options.get("stream"):
+                        first = re.search(r"bytes (\d+)-", response.headers.get("content-range", ""))
+                        response.stream = _Moving(response.stream, self, int(first[1]) if first else 0)
                     return response
                 hf_raise_for_status(response)
             except (httpx.ProxyError, httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -228,6 +232,23 @@ class _Watch:
             log.info("%s: %s; trying again", self.name, _happened(trouble, self.name)[0])
             time.sleep(wait)
             pause *= 2
+
+
+class _Moving(httpx.SyncByteStream):
+    """The bytes of a file from `position` on. Those that no earlier attempt came to are what moves."""
+
+    def __init__(self, stream: httpx.SyncByteStream, watch: _Watch, position: int):
+        self._stream, self._watch, self._position = stream, watch, position
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            self._position += len(part)
+            if self._position > self._watch.furthest:
+                self._watch.furthest, self._watch.moved = self._position, time.monotonic()
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 @contextmanager
@@ -254,7 +275,10 @@ def _happened(error: BaseException, name: str, kind: str = "model") -> tuple[str
         if isinstance(cause, httpx.TransportError):
             return _failed(cause, kind)
         if isinstance(cause, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set", f"unset it to fetch it once; offline, give {INSTEAD[kind]}"
+            return (
+                "HF_HUB_OFFLINE is set",
+                f"it is not in the cache; unset that once, or, offline, give {INSTEAD[kind]}",
+            )
         if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
             return f"{_endpoint()} does not answer as the hub does", "is it a login page, or HF_ENDPOINT wrong?"
         if isinstance(cause, errors.HFValidationError):
@@ -298,7 +322,7 @@ def _failed(error: httpx.TransportError, kind: str) -> tuple[str, str]:
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         if "CERTIFICATE" in said:
             return f"the certificate of {host} is not accepted ({said})", "check the proxy, or SSL_CERT_FILE"
-        return f"{host} cannot be reached ({said})", f"offline, give {INSTEAD[kind]}"
+        return f"{host} cannot be reached ({said})", f"it is not in the cache; offline, give {INSTEAD[kind]}"
     if isinstance(error, httpx.TimeoutException):
         return f"{host} does not answer ({said})", "try again later"
     return f"{host} cut the connection ({said})", "try again"

