@@ -60,7 +60,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         else:
             model = load_model(source, config.device, config.dtype, tokenizer)
         model.check(config.pattern, calibration, evaluation)
-        described, batch = describe(model, events), config.batch(seqlen)
+        described, batch = describe(model, events, source), config.batch(seqlen)
 
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()

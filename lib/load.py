@@ -33,6 +33,11 @@ class Source:
     snapshot: hub.Snapshot | None = None
 
     @property
+    def revision(self) -> str | None:
+        """The commit that was fetched, of a model on the hub."""
+        return self.snapshot and self.snapshot.commit
+
+    @property
     def options(self) -> dict:
         """Keyword arguments that every from_pretrained of this source takes."""
         options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
