@@ -205,7 +205,7 @@ class _Watch:
                         response.stream = _Moving(response.stream, self, int(first[1]) if first else 0)
                     return response
                 hf_raise_for_status(response)
-            except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            except httpx.UnsupportedProtocol as error:
                 raise _GaveUpError from error
             except (httpx.ProxyError, httpx.ConnectError, httpx.ConnectTimeout) as error:
                 if not self.answered:  # there is no way to the hub, and waiting makes none

@@ -78,9 +78,7 @@ def _failed(error: httpx.TransportError, kind: str) -> tuple[str, str]:
     if isinstance(error, httpx.ProxyError):
         return f"the proxy to {host} fails ({said})", "check HTTPS_PROXY and NO_PROXY"
     if isinstance(error, httpx.UnsupportedProtocol):
-        return f"{host} is no address ({said})", "is HF_ENDPOINT right?"
-    if isinstance(error, httpx.LocalProtocolError):  # whose text would show the token
-        return "the request cannot be sent", "does HF_TOKEN hold a character that no header may?"
+        return f"HF_ENDPOINT {endpoint()} is no address ({said})", "it begins with https://"
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
         if "CERTIFICATE" in said:
             return f"the certificate of {host} is not accepted ({said})", "check the proxy, or SSL_CERT_FILE"
