@@ -21,7 +21,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
+from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status, httpx
 from tqdm import tqdm
 
 from .errors import RunError
@@ -89,12 +89,12 @@ def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
     names = frozenset(sibling.rfilename for sibling in info.siblings)
     if "config.json" not in names:
         raise RunError(f"{repository.asked}: {_no_config(names)}")
-    folder = fetch(repository, "config.json").parent  # by the branch, whose commit the cache then remembers
-    snapshot = Snapshot(repository, folder.name, folder, names)
     top = (name for name in names if "/" not in name and any(fnmatch(name, like) for like in SMALL))
-    files = {name for name in top if not name.endswith(".index.json")}
-    _fetch_all(snapshot, files | {name for name in names if code and name.endswith(".py")})
-    return snapshot
+    files = {name for name in top if name != "config.json" and not name.endswith(".index.json")}
+    _fetch_all(repository, files | {name for name in names if code and name.endswith(".py")}, info.sha)
+    # Last, and by the branch: where the cache has it, it has the others, and remembers the branch's commit.
+    folder = fetch(repository, "config.json").parent
+    return Snapshot(repository, folder.name, folder, names)
 
 
 def fetch_weights(snapshot: Snapshot) -> None:
@@ -111,7 +111,7 @@ def fetch_weights(snapshot: Snapshot) -> None:
     found = next((name for name in accepted if name in snapshot.names), None)
     if found is None:
         raise RunError(f"{snapshot.repository.asked}: its weights are {cached or 'none of ' + ', '.join(accepted)}")
-    _fetch_all(snapshot, [found])
+    _fetch_all(snapshot.repository, [found], snapshot.commit)
     if found.endswith(".index.json"):
         try:
             shards = set(json.loads((snapshot.folder / found).read_text())["weight_map"].values())
@@ -120,7 +120,7 @@ def fetch_weights(snapshot: Snapshot) -> None:
         if missing := sorted(shards - snapshot.names):
             where = cached or "not in the repository"
             raise RunError(f"{snapshot.repository.asked}: {missing[0]}, which {found} names, is {where}")
-        _fetch_all(snapshot, shards)
+        _fetch_all(snapshot.repository, shards, snapshot.commit)
 
 
 def fetch_data(repository: Repository, file: str, revision: str = "main") -> Path:
@@ -134,10 +134,9 @@ def fetch(repository: Repository, file: str, revision: str = "main") -> Path:
         return _download(repository, file, revision, endpoint=endpoint(), etag_timeout=ANSWER, tqdm_class=_bar(watch))
 
 
-def _fetch_all(snapshot: Snapshot, names: Iterable[str]) -> None:
+def _fetch_all(repository: Repository, names: Iterable[str], commit: str) -> None:
     for name in sorted(names):
-        if not (snapshot.folder / name).is_file():
-            fetch(snapshot.repository, name, snapshot.commit)
+        fetch(repository, name, commit)  # asks nothing where it is in the cache
 
 
 def _cached(repository: Repository, file: str, revision: str = "main") -> Path | None:
@@ -241,12 +240,31 @@ class _Moving(httpx.SyncByteStream):
 
 
 @contextmanager
+def _locks_in_the_log(watch: _Watch) -> Iterator[None]:
+    """huggingface_hub waits without a word, or an end, while another process fetches the same file."""
+    locks, handler = logging.getLogger(WeakFileLock.__module__), logging.Handler()
+    handler.emit = lambda record: log.info("%s: another process is fetching %s; waiting", watch.name, watch.file)
+    handler.addFilter(lambda record: "waiting" in record.getMessage())
+    before = locks.level, locks.propagate
+    locks.addHandler(handler)
+    locks.setLevel(logging.INFO)
+    locks.propagate = False
+    try:
+        yield
+    finally:
+        locks.removeHandler(handler)
+        locks.setLevel(before[0])
+        locks.propagate = before[1]
+
+
+@contextmanager
 def _asking(repository: Repository, file: str = "", patience: float | None = None) -> Iterator[_Watch]:
     """Around calls of huggingface_hub: its session is watched, and what fails is a RunError."""
     watch, session = _Watch(repository.name, file, PATIENCE if patience is None else patience), get_session()
     session.send = functools.partial(watch.send, session.send)
     try:
-        yield watch
+        with _locks_in_the_log(watch):
+            yield watch
     except Exception as error:  # of httpx, huggingface_hub and the file system: they have no common base class
         if getattr(error, "errno", None) in UNWRITABLE:
             raise RunError(f"--cache_dir {repository.cache_dir}: cannot be written: {error.strerror}") from error

@@ -1,6 +1,7 @@
 """What is fetched from a hub, how often, and what is said when it fails, against tests/hub.py."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 import time
 
 import pyarrow
@@ -17,6 +19,7 @@ import torch
 import transformers
 from hub import Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
 from pyarrow import parquet
 from safetensors.torch import save
 from shared import ROOT
@@ -379,6 +382,30 @@ def test_a_cut_is_mended_and_said(hub, in_safetensors, tmp_path, said):
     assert [line for line in said() if "503" in line and "trying again" in line]
     assert [line for line in said() if "broke off" in line]
     assert [line for line in said() if "fetching model.safetensors (" in line]
+
+
+def test_a_file_that_another_process_fetches_is_waited_for_with_a_line(
+    hub, in_safetensors, tmp_path, said, monkeypatch
+):
+    hub.add("some/model", in_safetensors)
+    monkeypatch.setattr(constants, "FILELOCK_LOG_EVERY_SECONDS", 0.1)
+    source = find_source("some/model", str(tmp_path))
+    etag = hashlib.sha256(in_safetensors["model.safetensors"]).hexdigest()
+    lock = WeakFileLock(tmp_path / ".locks" / "models--some--model" / f"{etag}.lock")
+    lock.__enter__()
+    threading.Timer(0.5, lock.__exit__, [None] * 3).start()
+    assert safetensors_files(source)
+    assert [line for line in said() if "another process is fetching model.safetensors" in line]
+
+
+def test_a_download_that_broke_off_is_not_taken_for_whole(hub, in_safetensors, tmp_path):
+    hub.add("some/model", in_safetensors)
+    hub.fail("tokenizer_config.json", 404)
+    with pytest.raises(RunError, match="404"):
+        find_source("some/model", str(tmp_path))
+    hub.fail("", 500)
+    with pytest.raises(RunError, match="500"):  # and not what lies in the cache, without a tokenizer
+        find_source("some/model", str(tmp_path))
 
 
 @pytest.mark.parametrize("how", [500, 429, 401, "cut", "hang", "page"])
