@@ -14,8 +14,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -94,7 +94,37 @@ def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
     _fetch_all(repository, files | {name for name in names if code and name.endswith(".py")}, info.sha)
     # Last, and by the branch: where the cache has it, it has the others, and remembers the branch's commit.
     folder = fetch(repository, "config.json").parent
+    for other in _code_elsewhere(folder) - {repository.name} if code else ():
+        _fetch_code(replace(repository, name=other))
     return Snapshot(repository, folder.name, folder, names)
+
+
+def _code_elsewhere(folder: Path) -> set[str]:
+    """The repositories whose code a model's configuration or tokenizer names, as in "owner/name--module.Class"."""
+    found = set()
+    for file in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
+        with suppress(ValueError, AttributeError):  # what is no configuration is said where it is read
+            references = json.dumps(json.loads(file.read_text()).get("auto_map"))
+            found |= set(re.findall(r'"([^"]+?)--[^"]+"', references))
+    return found
+
+
+def _fetch_code(repository: Repository) -> None:
+    with _asking(repository):
+        info = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(repository.name, timeout=ANSWER)
+    for sibling in info.siblings:
+        if sibling.rfilename.endswith(".py"):
+            fetch(repository, sibling.rfilename)
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """Meanwhile a library that would ask the hub of its own accord finds what it wants in the cache, or not at all."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def fetch_weights(snapshot: Snapshot) -> None:

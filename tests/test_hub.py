@@ -237,6 +237,13 @@ def test_code_comes_only_where_it_is_trusted(hub, llama, tmp_path):
         main.load_config(find_source("own/code", str(tmp_path)))
     assert not hub.asked("own.py")
     assert main.load_config(find_source("own/code", str(tmp_path), True)).model_type == "own"
+    # A model may name code that lies in another repository.
+    config["auto_map"] = {"AutoConfig": "own/code--own.OwnConfig"}
+    hub.add("tuned/model", {**llama, "config.json": json.dumps(config)})
+    source = find_source("tuned/model", str(tmp_path / "other"), True)
+    asked = len(hub.requests)
+    assert main.load_config(source).model_type == "own"
+    assert len(hub.requests) == asked
 
 
 def test_the_token_reaches_the_hub_and_no_other_host(hub, in_safetensors, tmp_path, monkeypatch):
