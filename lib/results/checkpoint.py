@@ -113,8 +113,9 @@ def as_safetensors(source: Source) -> Source:
     key = hashlib.sha256(origin.encode()).hexdigest()[:12]
     folder = Path(source.cache_dir) / "converted" / f"{Path(source.name).stem}-{key}"
     if not (folder / MARK).is_file() and ranks.first():
+        log.info("%s: is read whole, once, to be converted", source.name)
         save_checkpoint(load_model(source, "cpu", "float32", load_tokenizer(source)), folder)
-        log.info("%s: converted once to safetensors in %s", source.name, folder)
+        log.info("%s: converted to safetensors in %s", source.name, folder)
     ranks.barrier()
     return dataclasses.replace(find_source(str(folder), source.cache_dir), name=source.name)
 
