@@ -5,14 +5,14 @@ was called with; flattened, these are the visit's leaves, each known by (visit, 
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from .collector import StopForward
 from .errors import RunError
@@ -142,7 +142,8 @@ class Following(TorchDispatchMode):
         self.route, self.calls = Route(), []  # calls: of each visit, without its hidden state
         self.output: Tensor | None = None
         self.left_behind = False  # whether the model reads what a block has kept somewhere in place of giving it
-        self.changed: Tensor | None = None  # a parameter that the pass itself writes to
+        self.changes_weights = False  # whether the pass itself does
+        self._weights = {_storage(parameter) for parameter in model.model.parameters()}
         self._model, self._pass = model, next(self._passes)
         self._inside: list[tuple] = []  # what a call that is under way was called with
         self._touched: set[Leaf] = set()
@@ -176,27 +177,26 @@ class Following(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if self._inside:
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    tensor._made_inside = self._pass
+            for tensor in tensors_in(result):
+                tensor._made_inside = self._pass
             return result
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         made_of = frozenset().union(*map(self._made_of, tensors))
         self.left_behind |= any(map(self._is_left_behind, tensors))
         if made_of:
             self._touched |= made_of
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    tensor._made_of = self._pass, self._made_of(tensor) | made_of
+            for tensor in tensors_in(result):
+                tensor._made_of = self._pass, self._made_of(tensor) | made_of
         if func._schema.is_mutable:
             self.route.writes |= bool(self._made_of(args[0])) if isinstance(args[0], Tensor) else bool(made_of)
-            self.changed = next((t for t in tensors[:1] if isinstance(t, nn.Parameter)), self.changed)
+            if tensors and _storage(tensors[0]) in self._weights and (tensors[1:] or _changes(func, args, kwargs)):
+                self.changes_weights = True
         return result
 
     def _enter(self, block: int, call: Call) -> None:
         route, (hidden, rest) = self.route, split(call)
-        tensors = [value for value in tree_leaves(call) if isinstance(value, Tensor)]
-        made_of = [self._made_of(value) for value in tree_leaves(rest) if isinstance(value, Tensor)]
+        tensors = list(tensors_in(call))
+        made_of = [self._made_of(value) for value in tensors_in(rest)]
         if route.visits:
             route.plain &= self._leaf(hidden) == route.end
         route.plain &= not any(made_of)
@@ -231,27 +231,35 @@ class Following(TorchDispatchMode):
         route = self.route
         known = frozenset(leaf for leaves in route.reads for leaf in leaves)
         tails = {leaf for leaf in self._touched if leaf[1] != route.hidden[leaf[0]]}
-        route.plain &= not tails
+        route.plain &= not (tails or route.writes)
         # What the model computed with for no visible end: stands in with its own shape all the same.
         route.reads.append(self._made_of(last) | (tails - known))
         route.plain &= self._made_of(last) <= {route.end}
         return route
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _changes(func, args: tuple, kwargs: dict | None) -> bool:
+    """Whether an operation in place on a tensor and no other changes numbers at all (a parameter may have none)."""
+    number = torch.full((), 2.0)
+    return bool(func(number, *args[1:], **(kwargs or {})) != 2.0)
+
+
 class Containers:
     """The dicts and lists among a call's arguments, and what is put into them from now on."""
 
     def __init__(self, call: Call):
-        self._held = list(_containers([*call[0], *call[1].values()]))
-        self._before = [(value, value.copy()) for value in self._held]
+        self._held = [value for value in _parts((*call[0], *call[1].values())) if _is_container(value)]
+        self._before = [dict(_items(value)) for value in self._held]
 
     def written(self) -> dict[int, dict]:
         """number of the container -> what it newly holds, by key or index."""
         found = {}
-        for number, (now, before) in enumerate(self._before):
-            old = before if isinstance(before, dict) else dict(enumerate(before))
-            items = now.items() if isinstance(now, dict) else enumerate(now)
-            new = {key: value for key, value in items if key not in old or old[key] is not value}
+        for number, (held, before) in enumerate(zip(self._held, self._before, strict=True)):
+            new = {key: value for key, value in _items(held) if key not in before or before[key] is not value}
             if new:
                 found[number] = new
         return found
@@ -267,12 +275,24 @@ class Containers:
                     held[key] = value
 
 
-def _containers(values):
-    for value in values:
-        if isinstance(value, (dict, list)):
-            yield value
-        if isinstance(value, (dict, list, tuple)):
-            yield from _containers(value.values() if isinstance(value, dict) else value)
+def _is_container(value) -> bool:
+    return isinstance(value, (MutableMapping, list))
+
+
+def _items(container) -> Iterator[tuple]:
+    return iter(container.items() if isinstance(container, MutableMapping) else enumerate(container))
+
+
+def _parts(value) -> Iterator:
+    """Everything in nested dicts, lists and tuples, these included."""
+    yield value
+    if isinstance(value, tuple) or _is_container(value):
+        for _, part in _items(value):
+            yield from _parts(part)
+
+
+def tensors_in(value) -> Iterator[Tensor]:
+    return (part for part in _parts(value) if isinstance(part, Tensor))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from . import ranks
 from .activations import Activations, Store
@@ -20,6 +20,8 @@ from .model import LanguageModel, Matrix
 from .progress import progress
 from .route import Call, Containers, Following, Leaf, Route, filled, split
 from .stats import InputStats
+
+ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
 
 
 class Beside:
@@ -59,7 +61,7 @@ class Stream:
         self.model, self._windows, self._store = model, windows.split(batch_size), store
         self.route = _follow(model, windows[:1]) if route is None else route
         self.hidden = Activations(model.device, len(windows), batch_size, store)
-        self._held: dict[Leaf, Activations] = {}  # what the visits gave that later ones are called with
+        self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
         self._calls: list[list[Call | None]] = []  # [batch][visit] -> arguments beside the hidden state, where kept
         for tokens in self._windows:
             with torch.no_grad():
@@ -110,7 +112,7 @@ class Stream:
             if not self.route.plain:
                 return calls[visit]
             _, kept = split(calls[visit])
-        return filled(kept, self.hidden[batch])
+        return filled(kept, self._held[self._output_of(visit - 1)][batch])
 
     def _given(self, leaf: Leaf, batch: int) -> Tensor | None:
         held = self._held.get(leaf)
@@ -132,19 +134,24 @@ class Stream:
             if (visit, place) in self._held:
                 self._held[visit, place].put(batch, value)
 
+    def _output_of(self, visit: int) -> Leaf:
+        return ENTRY if visit < 0 else self.route.output_of(visit)
+
+    def _wanted(self, leaf: Leaf) -> int:
+        return 0 if leaf == ENTRY else self.route.wanted(leaf)
+
     def _make_room(self, visit: int) -> None:
         """Places for what this visit gives, if need be those of what is wanted no more once it has its arguments."""
-        wanted = self.route.wanted
-        self._held = {leaf: held for leaf, held in self._held.items() if wanted(leaf) >= visit}
-        free = [held for leaf, held in self._held.items() if wanted(leaf) == visit] + [self.hidden] * (visit == 0)
+        self._held = {leaf: held for leaf, held in self._held.items() if self._wanted(leaf) >= visit}
+        free = [held for leaf, held in self._held.items() if self._wanted(leaf) == visit]
         for place, like in enumerate(self.route.leaves[visit]):
             leaf = visit, place
-            if leaf in self.route.same_as or not (wanted(leaf) > visit or leaf == self.route.output_of(visit)):
+            if leaf in self.route.same_as or not (self._wanted(leaf) > visit or leaf == self._output_of(visit)):
                 continue
             found = next((held for held in free if held.alike(like)), None)
             free = [held for held in free if held is not found]
             self._held[leaf] = found or self.hidden.empty()
-        self.hidden = self._held[self.route.output_of(visit)]
+        self.hidden = self._held[self._output_of(visit)]
 
     @torch.no_grad()
     def collect(
@@ -259,7 +266,7 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
     following = Following(model)
     with _resident_in_forward(model), following:
         last = model.hidden_states(window)
-    if following.changed is not None:
+    if following.changes_weights:
         raise refusal("its forward pass changes its own weights")
     if following.left_behind:
         raise refusal("it reads what its blocks keep, which belongs to the window that they saw last")
@@ -291,7 +298,8 @@ def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool,
         containers.append(Containers((args, kwargs)))
 
     def after(_module, _args, output):
-        stream.receive(visit, 0, tree_flatten((output, containers.pop().written()))[0])
+        given = (output, containers.pop().written())
+        stream.receive(visit, 0, tree_flatten(tree_map_only(Tensor, torch.clone, given) if route.writes else given)[0])
 
     with _resident_in_forward(model), ExitStack() as stack:
         for block in model.blocks:

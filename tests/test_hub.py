@@ -25,10 +25,18 @@ from safetensors.torch import save
 from shared import ROOT
 
 import main
-from lib import RunError, calibration_windows, cli, evaluation_windows, find_source, load_model, load_tokenizer
+from lib import (
+    RunError,
+    calibration_windows,
+    cli,
+    evaluation_windows,
+    find_source,
+    load_model,
+    load_tokenizer,
+    open_model,
+)
 from lib import hub as doors
 from lib.load import weight_files
-from lib.results import as_safetensors
 
 LLAMA = "pinkmanlove/llama-7b-hf"
 WORDS = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("n", "r", "sh", "t")]
@@ -216,17 +224,14 @@ def test_safetensors_are_fetched_and_not_the_bin_beside_them(hub, llama, in_safe
     assert not hub.asked("original")
 
 
-def test_a_model_of_bin_files_is_converted_and_the_log_says_so_when_it_is(hub, llama, tmp_path, said):
+def test_a_model_of_bin_files_is_read_in_parts_once_all_of_them_are_there(hub, llama, tmp_path):
     hub.add(LLAMA, llama)
     source = find_source(LLAMA, str(tmp_path))
     hub.fail(BIN.format(2), 500)
     with pytest.raises(RunError, match="500"):
-        as_safetensors(source)
-    assert not [line for line in said() if "converted" in line]
+        open_model(source, "cpu")
     hub.failures.clear()
-    converted = as_safetensors(source)
-    assert [line for line in said() if "converted to safetensors" in line]
-    assert weight_files(converted)
+    assert open_model(source, "cpu").streamed
 
 
 def test_code_comes_only_where_it_is_trusted(hub, llama, tmp_path):
@@ -374,7 +379,7 @@ def test_an_index_that_fails_is_no_model_without_safetensors(how, hub, llama, in
     hub.fail("model.safetensors.index.json", how)
     source = find_source("some/model", str(tmp_path))
     with pytest.raises(RunError, match=f"--model some/model: .*{'500' if how == 500 else 'cut'}"):
-        as_safetensors(source)
+        open_model(source, "cpu")
     assert not hub.asked("pytorch_model")
 
 
