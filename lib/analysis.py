@@ -4,7 +4,7 @@ import logging
 
 from . import results
 from .config import RunConfig
-from .load import find_source, load_model, open_model, safetensors_files
+from .load import find_source, load_model, open_model
 from .model import LanguageModel
 from .quality import layer_quality
 from .stopwatch import Stopwatch
@@ -16,7 +16,7 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Measure every metric asked for, and stop."""
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
-        model = (open_model if safetensors_files(source) else load_model)(source, config.device, "float32")
+        model = (load_model if source.gguf else open_model)(source, config.device, "float32")
         described = describe(model, events)
     scores, portraits = score(config, model, clock, events)
     layers = [
@@ -37,6 +37,8 @@ def describe(model: LanguageModel, events: list[dict]) -> dict:
         "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
         len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
     )  # fmt: skip
+    for message in model.notes:
+        note(events, message)
     if model.uncovered:
         note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
     return described

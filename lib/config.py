@@ -93,6 +93,9 @@ class RunConfig:
     plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
     save: str = _flag("results", "folder for results")
     save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
+    save_dtype: str = _flag(
+        "auto", "dtype of the pruned checkpoint; auto: each tensor's own in the files", choices=lambda: list(DTYPES)
+    )
     stream: bool = _flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
     activation_memory: float | None = _flag(
         None, "GB of activations kept in memory with --stream, the rest in a file (default: a quarter of what is free)"
@@ -232,11 +235,16 @@ class RunConfig:
         return self.sparsity_ratio if self.sparsity_ratio is not None else Pattern.parse(self.sparsity_type)[1]
 
     def without_effect(self) -> list[str]:
-        """Flags that were changed from their default but that this method does not read."""
+        """Flags that were changed from their default but that this run does not read."""
+        unread = self.unread()
+        return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
+
+    def unread(self) -> set[str]:
+        """Fields that this run does not read."""
         if self.analyze_only:
             read = ("model", "device", "trust_remote_code", "ww_metric", "ww_metric_cache", "cache_dir")
             read += ("analyze_only", "plot", "save", "quiet")
-            return [flag_of(f) for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
+            return {f.name for f in fields(self)} - {*read}
         unread = [name for name in self.options if name not in ALLOCATIONS[self.allocation].options]
         if not ALLOCATIONS[self.allocation].granular:
             unread += ["mapping_type"]
@@ -250,7 +258,7 @@ class RunConfig:
             unread += ["fisher"]  # N of every M are chosen within a row
         if not self.stream:
             unread += ["activation_memory", "restart"]
-        return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
+        return set(unread)
 
     def window(self, limit: int | None) -> int:
         """Tokens a window for a model made for at most `limit`."""
