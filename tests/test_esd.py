@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from shared import MODEL, needs_model
+from shared import needs_model
 from tiny import tiny_model
 
 from lib import LanguageModel, RunError, esd, find_source, layer_quality, load_model
@@ -102,9 +102,9 @@ def test_early_rejection_loses_no_candidate():
 
 
 @pytest.fixture(scope="module")
-def real_matrices():
+def real_matrices(embedded):
     """Square, wide and tall matrices of the embedded model, as the metrics read them."""
-    model = load_model(find_source("smollm2", str(MODEL.parent)), device="cpu")
+    model = load_model(find_source(str(embedded)), device="cpu")
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
     matrices = [m for m in model.matrices if m.block in (0, 17) and m.name.endswith(kinds)]
     return [as_published(m.weight).float().clone() for m in matrices]
