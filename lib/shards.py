@@ -178,12 +178,12 @@ class ShardedModel(LanguageModel):
 
     def __init__(self, shards: Shards, device: str = "cpu", tokenizer=None):
         model, name = shards.model, shards.name
-        super().__init__(model, tokenizer, name)
-        self._device = torch.device(device)
-        self._shards = shards
         for target in shards.separate(model.all_tied_weights_keys or {}):  # transformers does not tie these either
             del model.all_tied_weights_keys[target]
             shards.drop([target])
+        super().__init__(model, tokenizer, name)
+        self._device = torch.device(device)
+        self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
