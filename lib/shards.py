@@ -132,7 +132,13 @@ class ShardedModel(LanguageModel):
         return self._device
 
     def load_rest(self) -> None:
-        """Read everything outside the blocks, to stay."""
+        """Read everything outside the blocks, to stay. Raises RunError where a block shares any of it."""
+        outside = {alias: name for name in self._rest for alias in self._names(name)}
+        if shared := next((name for name in self._last_block if name in outside), None):
+            raise RunError(
+                f"--stream: {shared} is also {outside[shared]}, outside the blocks, and cannot come and go with its "
+                "block; leave out --stream"
+            )
         tied = set(self.model.all_tied_weights_keys or {})
         self._shards.read([name for name in self._rest if name not in tied], self._device)
         self.model.tie_weights()
