@@ -12,7 +12,7 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from . import hub, ranks
+from . import hub, ranks, tokens
 from .errors import RunError
 from .model import LanguageModel
 from .shards import ShardedModel
@@ -110,8 +110,8 @@ def load_config(source: Source):
 
 
 def load_tokenizer(source: Source):
-    """The model's tokenizer, fast where there is one."""
-    return _from_pretrained(transformers.AutoTokenizer, source, "tokenizer")
+    """The model's tokenizer, with the tokens of the published protocols."""
+    return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 
 def choose_device(device: str) -> str:

@@ -16,6 +16,7 @@ from ..errors import RunError
 from ..load import Source, find_source, load_config, load_model, load_tokenizer, safetensors_files
 from ..model import LanguageModel
 from .files import write_text
+from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
         make_savable(model.model.generation_config)
         model.model.save_pretrained(temporary)
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary)
+            save_tokenizer(model.tokenizer, temporary)
         write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
         written, held = _zeros_on_disk(temporary), _zeros_in_memory(model)
         if written != held:

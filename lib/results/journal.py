@@ -15,6 +15,7 @@ from ..stats import InputStats
 from .checkpoint import MARK, make_savable, without_layers
 from .files import check_folder, remove, write_file, write_text
 from .run import run_folder
+from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class Journal:
         try:
             model.model.save_pretrained(scratch, state_dict=model.rest(), max_shard_size="1000GB")
             if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(scratch)
+                save_tokenizer(model.tokenizer, scratch)
             for path in sorted(scratch.iterdir()):
                 path.rename(self._partial / (name if path.suffix == ".safetensors" else path.name))
             scratch.rmdir()
