@@ -137,6 +137,8 @@ def find_corpus(flag: str, name: str) -> Corpus:
             raise RunError(f"{flag} {name}: no such file")
         asked = f"{flag} {name}"
         if name.startswith(SHARD):
+            if texts.form(path) == ".txt":
+                raise RunError(f"{asked}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
             return _c4(lambda split, _: (asked, path))
         # A .txt is one row and so used verbatim, whatever would join it.
         return Corpus(lambda split, _: texts.rows(asked, path, PARTS[split]))

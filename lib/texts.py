@@ -42,14 +42,14 @@ def rows(asked: str, path: Path, split: str) -> Iterable[Row]:
     if path.is_dir():
         return _Saved(asked, path, split)
     if form(path) == ".txt":
-        return [_whole(asked, path)]
+        return list(filter(None, [_whole(asked, path)]))
     lines = (line for line in _lines(asked, path) if not line.isspace())
     return (_row(asked, number, _parsed(asked, number, line)) for number, line in enumerate(lines))
 
 
 def numbered(asked: str, path: Path, split: str) -> Sequence[Row]:
-    """The rows by number, otherwise as `rows`."""
-    return rows(asked, path, split) if path.is_dir() or form(path) == ".txt" else Shard(asked, path)
+    """The rows by number, otherwise as `rows`; of what has rows, which a .txt has not."""
+    return _Saved(asked, path, split) if path.is_dir() else Shard(asked, path)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def reading(asked: str) -> Iterator[None]:
     except (RunError, MemoryError):
         raise
     except UnicodeDecodeError as error:
-        raise RunError(f"{asked}: is not {error.encoding.upper()} ({error.reason}); save it as UTF-8") from error
+        raise RunError(f"{asked}: is not {error.encoding} ({error.reason}); save it as UTF-8") from error
     except Exception as error:  # datasets and pyarrow have no common base class
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise RunError(f"{asked}: does not fit, unpacked, into {tempfile.gettempdir()}; set TMPDIR") from error
@@ -173,7 +173,8 @@ def _line(record: object) -> bytes:
 def _parquet(asked: str, path: Path) -> Iterator[dict]:
     from pyarrow import parquet, types  # takes a moment to import, and other texts do without
 
-    with parquet.ParquetFile(path) as file:
+    # Without a buffer of its own it holds a whole row group, which may be the whole file.
+    with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         column = _column(asked, file.schema_arrow.names)
         held = file.schema_arrow.field(column).type
         if column == "text" and not (types.is_string(held) or types.is_large_string(held)):
