@@ -17,7 +17,10 @@ from lib.data import find_corpus
 
 TEXT = "naïve café\nthe river ★ and the stone house\n" * 8
 DOCUMENTS = [f"{i}: " + "the river ★ " * (i % 7) for i in range(60)]
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.name is defined %}!{% endif %}{% endfor %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "[{{ m.role }}]{{ m.content }}{% if m.name is defined %}!{% endif %}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
