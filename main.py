@@ -56,8 +56,6 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             )  # fmt: skip
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
         watched = calibration if evaluation is None else evaluation
-        if watched is not None:
-            log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
         if config.stream:
             model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
             model.load_rest()
@@ -66,6 +64,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         model.check(config.pattern, calibration, evaluation)
         described, batch = describe(model, events), config.batch(seqlen)
 
+    if watched is not None:
+        log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()
 
