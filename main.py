@@ -62,7 +62,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         else:
             model = load_model(source, config.device, config.dtype, tokenizer)
         model.check(config.pattern, calibration, evaluation)
-        described, batch = describe(model, events), config.batch(seqlen)
+        described, batch = describe(model, events, source), config.batch(seqlen)
 
     if watched is not None:
         log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what is fetched from it, where it is kept, and what is said when it fails.
+"""The Hugging Face hub: what is fetched from it, how long it is waited for, and where it is kept.
 
 Nothing else here asks the hub for anything. A model becomes a local folder before a library reads it, a data set local
 files, all in huggingface_hub's cache under --cache_dir, so that a later run finds them without a network. What may pass
@@ -14,43 +14,35 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import get_session, hf_raise_for_status, httpx
+from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status, httpx
 from tqdm import tqdm
 
 from .errors import RunError
+from .hub_errors import HubError, endpoint, happened, wait_asked_for
 from .progress import silent
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 20.0  # seconds without a byte after which a fetch is given up
+PATIENCE = 15.0  # seconds without a byte after which a fetch is given up
 ANSWER = 10.0  # seconds that one request may take to be answered, or to go on
 PASSING = (408, 429, 500, 502, 503, 504)
 
 # In the order in which transformers looks for them.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # at the top: configurations and tokenizers
-INSTEAD = {"model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'"}
 UNWRITABLE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 # What would wait, try again or write to ~/.cache by rules of its own, unseen from here.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 if "HF_HUB_DISABLE_XET" not in os.environ:
     constants.HF_HUB_DISABLE_XET = True
-
-
-class HubError(RunError):
-    """`what` happened when the hub was asked, and a remedy."""
-
-    def __init__(self, asked: str, what: str, remedy: str):
-        super().__init__(f"{asked}: {what}; {remedy}" if remedy else f"{asked}: {what}")
-        self.what = what
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
     cached = _cached(repository, "config.json")
     try:
         with _asking(repository, patience=0 if cached else None):
-            info = huggingface_hub.HfApi(endpoint=_endpoint()).repo_info(
+            info = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(
                 repository.name, repo_type=repository.kind, timeout=ANSWER
             )
     except HubError as error:
@@ -97,12 +89,42 @@ def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
     names = frozenset(sibling.rfilename for sibling in info.siblings)
     if "config.json" not in names:
         raise RunError(f"{repository.asked}: {_no_config(names)}")
-    folder = fetch(repository, "config.json").parent  # by the branch, whose commit the cache then remembers
-    snapshot = Snapshot(repository, folder.name, folder, names)
     top = (name for name in names if "/" not in name and any(fnmatch(name, like) for like in SMALL))
-    files = {name for name in top if not name.endswith(".index.json")}
-    _fetch_all(snapshot, files | {name for name in names if code and name.endswith(".py")})
-    return snapshot
+    files = {name for name in top if name != "config.json" and not name.endswith(".index.json")}
+    _fetch_all(repository, files | {name for name in names if code and name.endswith(".py")}, info.sha)
+    # Last, and by the branch: where the cache has it, it has the others, and remembers the branch's commit.
+    folder = fetch(repository, "config.json").parent
+    for other in _code_elsewhere(folder) - {repository.name} if code else ():
+        _fetch_code(replace(repository, name=other))
+    return Snapshot(repository, folder.name, folder, names)
+
+
+def _code_elsewhere(folder: Path) -> set[str]:
+    """The repositories whose code a model's configuration or tokenizer names, as in "owner/name--module.Class"."""
+    found = set()
+    for file in filter(Path.is_file, (folder / "config.json", folder / "tokenizer_config.json")):
+        with suppress(ValueError, AttributeError):  # what is no configuration is said where it is read
+            references = json.dumps(json.loads(file.read_text()).get("auto_map"))
+            found |= set(re.findall(r'"([^"]+?)--[^"]+"', references))
+    return found
+
+
+def _fetch_code(repository: Repository) -> None:
+    with _asking(repository):
+        info = huggingface_hub.HfApi(endpoint=endpoint()).repo_info(repository.name, timeout=ANSWER)
+    for sibling in info.siblings:
+        if sibling.rfilename.endswith(".py"):
+            fetch(repository, sibling.rfilename)
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """Meanwhile a library that would ask the hub of its own accord finds what it wants in the cache, or not at all."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def fetch_weights(snapshot: Snapshot) -> None:
@@ -119,7 +141,7 @@ def fetch_weights(snapshot: Snapshot) -> None:
     found = next((name for name in accepted if name in snapshot.names), None)
     if found is None:
         raise RunError(f"{snapshot.repository.asked}: its weights are {cached or 'none of ' + ', '.join(accepted)}")
-    _fetch_all(snapshot, [found])
+    _fetch_all(snapshot.repository, [found], snapshot.commit)
     if found.endswith(".index.json"):
         try:
             shards = set(json.loads((snapshot.folder / found).read_text())["weight_map"].values())
@@ -128,7 +150,7 @@ def fetch_weights(snapshot: Snapshot) -> None:
         if missing := sorted(shards - snapshot.names):
             where = cached or "not in the repository"
             raise RunError(f"{snapshot.repository.asked}: {missing[0]}, which {found} names, is {where}")
-        _fetch_all(snapshot, shards)
+        _fetch_all(snapshot.repository, shards, snapshot.commit)
 
 
 def fetch_data(repository: Repository, file: str, revision: str = "main") -> Path:
@@ -139,13 +161,12 @@ def fetch_data(repository: Repository, file: str, revision: str = "main") -> Pat
 def fetch(repository: Repository, file: str, revision: str = "main") -> Path:
     """A file of a repository, in the cache. Raises RunError."""
     with _asking(repository, file) as watch:
-        return _download(repository, file, revision, endpoint=_endpoint(), etag_timeout=ANSWER, tqdm_class=_bar(watch))
+        return _download(repository, file, revision, endpoint=endpoint(), etag_timeout=ANSWER, tqdm_class=_bar(watch))
 
 
-def _fetch_all(snapshot: Snapshot, names: Iterable[str]) -> None:
+def _fetch_all(repository: Repository, names: Iterable[str], commit: str) -> None:
     for name in sorted(names):
-        if not (snapshot.folder / name).is_file():
-            fetch(snapshot.repository, name, snapshot.commit)
+        fetch(repository, name, commit)  # asks nothing where it is in the cache
 
 
 def _cached(repository: Repository, file: str, revision: str = "main") -> Path | None:
@@ -166,11 +187,6 @@ def _no_config(names: frozenset[str]) -> str:
     if gguf := sorted(name for name in names if name.endswith(".gguf")):
         return f"holds GGUF files; fetch one of them, such as {gguf[0]}, and give its path"
     return "has no config.json, so it is no model of transformers"
-
-
-def _endpoint() -> str:
-    """The hub's address, as the environment says now and not when huggingface_hub was imported."""
-    return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
 
 
 def _bar(watch: "_Watch") -> type[tqdm]:
@@ -218,6 +234,8 @@ class _Watch:
                         response.stream = _Moving(response.stream, self, int(first[1]) if first else 0)
                     return response
                 hf_raise_for_status(response)
+            except httpx.UnsupportedProtocol as error:
+                raise _GaveUpError from error
             except (httpx.ProxyError, httpx.ConnectError, httpx.ConnectTimeout) as error:
                 if not self.answered:  # there is no way to the hub, and waiting makes none
                     raise _GaveUpError from error
@@ -226,10 +244,10 @@ class _Watch:
                 trouble, wait = error, pause
             except errors.HfHubHTTPError as error:
                 error.response.close()
-                trouble, wait = error, max(pause, _wait_asked_for(error.response))
+                trouble, wait = error, max(pause, wait_asked_for(error.response))
             if time.monotonic() + wait > self.moved + self.patience:
                 raise _GaveUpError from trouble
-            log.info("%s: %s; trying again", self.name, _happened(trouble, self.name)[0])
+            log.info("%s: %s; trying again", self.name, happened(trouble, self.name)[0])
             time.sleep(wait)
             pause *= 2
 
@@ -252,89 +270,34 @@ class _Moving(httpx.SyncByteStream):
 
 
 @contextmanager
+def _locks_in_the_log(watch: _Watch) -> Iterator[None]:
+    """huggingface_hub waits without a word, or an end, while another process fetches the same file."""
+    locks, handler = logging.getLogger(WeakFileLock.__module__), logging.Handler()
+    handler.emit = lambda record: log.info("%s: another process is fetching %s; waiting", watch.name, watch.file)
+    handler.addFilter(lambda record: "waiting" in record.getMessage())
+    before = locks.level, locks.propagate
+    locks.addHandler(handler)
+    locks.setLevel(logging.INFO)
+    locks.propagate = False
+    try:
+        yield
+    finally:
+        locks.removeHandler(handler)
+        locks.setLevel(before[0])
+        locks.propagate = before[1]
+
+
+@contextmanager
 def _asking(repository: Repository, file: str = "", patience: float | None = None) -> Iterator[_Watch]:
     """Around calls of huggingface_hub: its session is watched, and what fails is a RunError."""
     watch, session = _Watch(repository.name, file, PATIENCE if patience is None else patience), get_session()
     session.send = functools.partial(watch.send, session.send)
     try:
-        yield watch
+        with _locks_in_the_log(watch):
+            yield watch
     except Exception as error:  # of httpx, huggingface_hub and the file system: they have no common base class
         if getattr(error, "errno", None) in UNWRITABLE:
             raise RunError(f"--cache_dir {repository.cache_dir}: cannot be written: {error.strerror}") from error
-        raise HubError(repository.asked, *_happened(error, repository.name, repository.kind)) from error
+        raise HubError(repository.asked, *happened(error, repository.name, repository.kind)) from error
     finally:
         del session.send
-
-
-def _happened(error: BaseException, name: str, kind: str = "model") -> tuple[str, str]:
-    """What an error of huggingface_hub says happened, by its first cause, and what to do about it."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, errors.HfHubHTTPError):
-            return _refused(cause, name, kind)
-        if isinstance(cause, httpx.TransportError):
-            return _failed(cause, kind)
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            return (
-                "HF_HUB_OFFLINE is set",
-                f"it is not in the cache; unset that once, or, offline, give {INSTEAD[kind]}",
-            )
-        if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
-            return f"{_endpoint()} does not answer as the hub does", "is it a login page, or HF_ENDPOINT wrong?"
-        if isinstance(cause, errors.HFValidationError):
-            return f"cannot be a name on the hub ({_line(cause)})", ""
-        cause = cause.__cause__ or cause.__context__
-    return f"cannot be fetched: {_line(error)}", ""
-
-
-def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, str]:
-    """Of an answer that says no."""
-    response, token = error.response, huggingface_hub.get_token() is not None
-    said = " ".join((error.server_message or "").split())
-    answer = f"{response.status_code} {response.reason_phrase}" + (f": {said}" if said else "")
-    page = f"{_endpoint()}/{name}" if kind == "model" else f"{_endpoint()}/datasets/{name}"
-    login = "set HF_TOKEN or run `hf auth login`"
-    if isinstance(error, errors.GatedRepoError):
-        if token:
-            return f"gated, and closed to this token's account ({answer})", f"ask for access at {page}"
-        return f"gated ({answer})", f"accept its terms at {page}, then {login}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        remedy = "check the name" if token else f"check the name; if it is private, {login}"
-        return f"the hub shows no {kind} of this name ({answer})".replace("dataset", "data set"), remedy
-    if response.status_code == 401:
-        return f"the hub refuses the token ({answer})", "renew HF_TOKEN, or run `hf auth login`"
-    if response.status_code == 429:
-        wait = _wait_asked_for(response)
-        limit = "" if token else f", or {login} for a higher limit"
-        return f"the hub was asked too often ({answer})", f"wait {f'{wait:.0f} s' if wait else 'some minutes'}{limit}"
-    url = response.url.copy_with(query=None)
-    if response.status_code >= 500:
-        return f"the hub fails at {url} ({answer})", "try again later"
-    return f"the hub refuses {url} ({answer})", ""
-
-
-def _failed(error: httpx.TransportError, kind: str) -> tuple[str, str]:
-    """Of a request that got no answer."""
-    said, url = _line(error), error.request.url
-    host = f"{url.scheme}://{url.netloc.decode()}"
-    if isinstance(error, httpx.ProxyError):
-        return f"the proxy to {host} fails ({said})", "check HTTPS_PROXY and NO_PROXY"
-    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        if "CERTIFICATE" in said:
-            return f"the certificate of {host} is not accepted ({said})", "check the proxy, or SSL_CERT_FILE"
-        return f"{host} cannot be reached ({said})", f"it is not in the cache; offline, give {INSTEAD[kind]}"
-    if isinstance(error, httpx.TimeoutException):
-        return f"{host} does not answer ({said})", "try again later"
-    return f"{host} cut the connection ({said})", "try again"
-
-
-def _wait_asked_for(response: httpx.Response) -> float:
-    """Seconds after which a server that is asked too often wants to be asked again; 0 where it names none."""
-    told = response.headers.get("retry-after", "")
-    if found := re.search(r"\bt=(\d+)", response.headers.get("ratelimit", "")):
-        told = found[1]
-    return float(told) if told.isdigit() else 0.0
-
-
-def _line(error: BaseException) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())

@@ -33,6 +33,11 @@ class Source:
     snapshot: hub.Snapshot | None = None
 
     @property
+    def revision(self) -> str | None:
+        """The commit that was fetched, of a model on the hub."""
+        return self.snapshot and self.snapshot.commit
+
+    @property
     def options(self) -> dict:
         """Keyword arguments that every from_pretrained of this source takes."""
         options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
@@ -91,7 +96,8 @@ def _embedded_gguf(cache_dir: Path) -> Path:
 def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
     try:
-        return auto_class.from_pretrained(source.path, **source.options, **options)
+        with hub.closed():  # what is needed of it was fetched
+            return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the hub client have no common base class

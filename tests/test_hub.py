@@ -1,6 +1,7 @@
 """What is fetched from a hub, how often, and what is said when it fails, against tests/hub.py."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import re
 import shlex
 import subprocess
+import threading
 import time
 
 import pyarrow
@@ -17,6 +19,7 @@ import torch
 import transformers
 from hub import Hub
 from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
 from pyarrow import parquet
 from safetensors.torch import save
 from shared import ROOT
@@ -177,6 +180,7 @@ def test_the_script_runs_as_written_in_an_empty_home_and_then_without_the_hub(hu
     monkeypatch.setattr(cli, "set_up_logging", lambda quiet: None)
     words = ["--model", LLAMA, "--prune_method", "wanda_ww", "--sparsity_ratio", "0.7", "--epsilon", "0.2", *options]
     record = main.run(cli.parse(words))
+    assert record["model"]["revision"] == find_source(LLAMA, str(cache)).snapshot.commit
     assert f"{record['perplexity']['pruned']:.3f}" in done.stdout
     assert len(hub.requests) == asked
 
@@ -233,6 +237,13 @@ def test_code_comes_only_where_it_is_trusted(hub, llama, tmp_path):
         main.load_config(find_source("own/code", str(tmp_path)))
     assert not hub.asked("own.py")
     assert main.load_config(find_source("own/code", str(tmp_path), True)).model_type == "own"
+    # A model may name code that lies in another repository.
+    config["auto_map"] = {"AutoConfig": "own/code--own.OwnConfig"}
+    hub.add("tuned/model", {**llama, "config.json": json.dumps(config)})
+    source = find_source("tuned/model", str(tmp_path / "other"), True)
+    asked = len(hub.requests)
+    assert main.load_config(source).model_type == "own"
+    assert len(hub.requests) == asked
 
 
 def test_the_token_reaches_the_hub_and_no_other_host(hub, in_safetensors, tmp_path, monkeypatch):
@@ -287,8 +298,9 @@ def test_a_text_that_was_fetched_is_read_without_asking(name, hub, tokenizer_mod
 # failures
 
 
-def failing(name, arrange, *says, token="", cause="", offline=False):
-    return pytest.param(arrange, says, token, cause, offline, id=name.replace(" ", "-"))
+def failing(name, arrange, *says, token=""):
+    """What `arrange` makes of the hub ends in a line with every one of `says`."""
+    return pytest.param(arrange, says, token, id=name.replace(" ", "-"))
 
 
 def gated(hub, llama):
@@ -334,9 +346,9 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("arrange", "says", "token", "cause", "offline"), FAILURES)
+@pytest.mark.parametrize(("arrange", "says", "token"), FAILURES)
 def test_what_fails_says_what_happened_and_what_to_do_in_one_line(
-    arrange, says, token, cause, offline, hub, llama, tmp_path, monkeypatch
+    arrange, says, token, hub, llama, tmp_path, monkeypatch
 ):
     arrange(hub, llama)
     if token:
@@ -351,6 +363,7 @@ def test_what_fails_says_what_happened_and_what_to_do_in_one_line(
     for part in says:
         assert part.format(hub=hub.url) in line
     assert "offline" not in line
+    assert not token or token not in line
 
 
 @pytest.mark.parametrize("how", [500, "cut"])
@@ -378,6 +391,30 @@ def test_a_cut_is_mended_and_said(hub, in_safetensors, tmp_path, said):
     assert [line for line in said() if "fetching model.safetensors (" in line]
 
 
+def test_a_file_that_another_process_fetches_is_waited_for_with_a_line(
+    hub, in_safetensors, tmp_path, said, monkeypatch
+):
+    hub.add("some/model", in_safetensors)
+    monkeypatch.setattr(constants, "FILELOCK_LOG_EVERY_SECONDS", 0.1)
+    source = find_source("some/model", str(tmp_path))
+    etag = hashlib.sha256(in_safetensors["model.safetensors"]).hexdigest()
+    lock = WeakFileLock(tmp_path / ".locks" / "models--some--model" / f"{etag}.lock")
+    lock.__enter__()
+    threading.Timer(0.5, lock.__exit__, [None] * 3).start()
+    assert safetensors_files(source)
+    assert [line for line in said() if "another process is fetching model.safetensors" in line]
+
+
+def test_a_download_that_broke_off_is_not_taken_for_whole(hub, in_safetensors, tmp_path):
+    hub.add("some/model", in_safetensors)
+    hub.fail("tokenizer_config.json", 404)
+    with pytest.raises(RunError, match="404"):
+        find_source("some/model", str(tmp_path))
+    hub.fail("", 500)
+    with pytest.raises(RunError, match="500"):  # and not what lies in the cache, without a tokenizer
+        find_source("some/model", str(tmp_path))
+
+
 @pytest.mark.parametrize("how", [500, 429, 401, "cut", "hang", "page"])
 def test_what_is_in_the_cache_does_where_the_hub_does_not(how, hub, in_safetensors, tmp_path, said):
     hub.add("some/model", in_safetensors)
@@ -401,7 +438,10 @@ def test_offline_gives_the_route_that_needs_no_hub(hub, in_safetensors, tokenize
         evaluation_windows("ptb", None, seqlen=16, cache_dir=str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(RunError, match=r"127.0.0.1:9 cannot be reached \(.*refused\); .*offline, give .*'smollm2'"):
+    with pytest.raises(RunError, match=r"127\.0\.0\.1:9 cannot be reached \(.*refused\); .*offline, give .*'smollm2'"):
+        find_source("other/model", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    with pytest.raises(RunError, match=r"HF_ENDPOINT hub\.example is no address"):
         find_source("other/model", str(tmp_path))
 
 
