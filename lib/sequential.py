@@ -38,7 +38,7 @@ def prune_model(
     events: list[dict] | None = None,
     store: Store | None = None,
     done: int = 0,
-    commit: Callable[[int, dict[str, InputStats], list[dict]], None] | None = None,
+    commit: Callable[[int, dict[str, dict], list[dict]], None] | None = None,
     asymmetry: float = 0.0,
     recovery: bool = False,
     row_weights: Mapping[str, Tensor] | None = None,
@@ -63,7 +63,7 @@ def prune_model(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
         cross=asymmetry > 0, dense=recovery or asymmetry > 0,
     )  # fmt: skip
-    of_block: dict[str, InputStats] = {}
+    seen: dict[str, dict] = {}  # of the block, what a commit records of its statistics
     found: list[dict] = []
     for step in steps:
         block, matrices, stats = step.block, step.matrices, step.stats
@@ -74,12 +74,15 @@ def prune_model(
             for matrix, owner in zip(matrices, owners, strict=True):
                 if owner == ranks.rank() and asked:
                     rows = row_weights[matrix.name] if row_weights else None
-                    target, of_input = targets[matrix.name], stats.get(matrix.name)
-                    unseen = step.unseen.get(matrix.name)
-                    _prune_matrix(matrix, pruner, of_input, target, pattern, asymmetry, rows, found, unseen)
+                    _prune_matrix(
+                        matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, asymmetry, rows, found,
+                        step.unseen.get(matrix.name),
+                    )  # fmt: skip
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))
-        of_block |= stats
+        if commit is not None:
+            seen |= {name: one.summary() for name, one in stats.items()}
+        stats.clear()  # they may be gigabytes, and the next are about to be gathered
         if not step.last:
             continue
         if recovery and step.dense is not None and (whole := model.matrices_of(block)):
@@ -92,8 +95,8 @@ def prune_model(
         events += found
         if commit is not None:
             with clock("commit"):
-                commit(block, of_block, found)
-        of_block, found = {}, []
+                commit(block, seen, found)
+        seen, found = {}, []
 
 
 def _owners(matrices: list[Matrix], stats: dict[str, InputStats]) -> list[int]:
@@ -263,6 +266,7 @@ def walk(
                     now = [matrix for matrix in matrices if turn[matrix.name] == index]
                     stats = {matrix.name: held.pop(matrix.name) for matrix in now if matrix.name in held}
                     yield Step(block, now, stats, unseen, visit, last, stream, beside)
+                    del stats
                 if stream is not None:
                     advance(stream, visit, "propagation")
 

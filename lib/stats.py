@@ -97,6 +97,10 @@ class InputStats:
         if self.gram is not None:
             mirror(self.gram)
 
+    def summary(self) -> dict:
+        """What a run records of them."""
+        return {"tokens": self.tokens, "sum_squares": float(self.sum_squares.sum())}
+
     def derive(self, function: Callable[["InputStats"], object]) -> object:
         """`function(self)`, computed once however many matrices ask for it."""
         if function not in self._derived:

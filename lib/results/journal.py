@@ -11,7 +11,6 @@ from .. import ranks
 from ..config import RunConfig
 from ..errors import RunError
 from ..shards import ShardedModel
-from ..stats import InputStats
 from ..storage import as_saved
 from .checkpoint import MARK, complete, write_model
 from .files import check_folder, remove, write_file, write_text
@@ -110,8 +109,8 @@ class Journal:
         write_text(path, json.dumps(value) + "\n")
         return value
 
-    def commit(self, block: int, stats: dict[str, InputStats], events: list[dict]) -> None:
-        """Write the pruned block, which is resident, and then its record."""
+    def commit(self, block: int, seen: dict[str, dict], events: list[dict]) -> None:
+        """Write the pruned block, which is resident, and then its record: what was `seen` of its inputs, by matrix."""
         from transformers.core_model_loading import revert_weight_conversion  # a second to import
 
         name = self._shard_name(block + 1)
@@ -119,7 +118,6 @@ class Journal:
         state = revert_weight_conversion(self._model.model, state)
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         write_file(self._where / name, lambda path: save_file(tensors, path, {"format": "pt"}))
-        seen = {key: {"tokens": s.tokens, "sum_squares": float(s.sum_squares.sum())} for key, s in stats.items()}
         record = {"block": block, "file": name, "events": events, "statistics": seen}
         write_text(self._record_path(block), json.dumps(record, indent=1) + "\n")
         self._records.append(record)
