@@ -37,8 +37,8 @@ def describe(model: LanguageModel, events: list[dict]) -> dict:
         "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
         len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
     )  # fmt: skip
-    if model.uncovered:
-        note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
+    if model.stays_dense:
+        note(events, model.stays_dense)
     return described
 
 

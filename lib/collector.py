@@ -23,8 +23,10 @@ class Collector:
     def __init__(self, matrices: list[Matrix], needs: str, cross: bool = False, whole: bool = False):
         self.needs, self.cross, self._whole = needs, cross, whole
         self.stats: dict[str, InputStats] = {}
-        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
-        self._modules = list(dict.fromkeys(m.module for m in matrices))
+        self._of_module = {m.module: [] for m in matrices}
+        for matrix in matrices:
+            self._of_module[matrix.module].append(matrix)
+        self._modules = list(self._of_module)
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
         self._dense: dict[nn.Module, Tensor] = {}  # what each module reads of the current batch in the dense model
@@ -69,12 +71,12 @@ class Collector:
         self._order.append(module)
         dense = self._dense.get(module)
         # The dense model's input goes where the pruned one's is routed.
-        paired = None if dense is None else matrix_inputs(module, (dense, *(*args, *kwargs.values())[1:]), {})
-        for parameter, expert, x in matrix_inputs(module, args, kwargs):
-            x_dense = None if paired is None else next(paired)[2]
-            name = self._names.get((module, parameter, expert))
-            if name is not None and x.numel():
-                self._add(name, x, x_dense)
+        matrices = self._of_module[module]
+        paired = None if dense is None else matrix_inputs(matrices, (dense, *(*args, *kwargs.values())[1:]), {})
+        for matrix, x in matrix_inputs(matrices, args, kwargs):
+            x_dense = None if paired is None else next(paired)[1]
+            if x.numel():
+                self._add(matrix.name, x, x_dense)
         if module is self._last and not self._whole and len(self._order) == len(self._modules):
             raise StopForward
 

@@ -1,11 +1,13 @@
 """A causal LM as this project sees it: decoder blocks and the (out, in) matrices inside them.
 
-The only module that knows architectures. Blocks and matrices are found from the model's structure: the
-largest list of modules that hold linear maps, and in each of them every nn.Linear, every Conv1D (GPT-2) and
-every expert of a fused three-dimensional expert tensor. Embeddings, norms, the head and MoE routers are none.
+With experts.py the only module that knows architectures. Blocks and matrices are found from the model's structure:
+the lists of modules that hold linear maps, and in each of them every nn.Linear, every Conv1D (GPT-2) and every expert
+of a stack of experts. Embeddings, norms, the head and routers are none; whatever else there is, is measured.
 """
 
 import hashlib
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,23 +15,25 @@ from functools import cached_property
 from itertools import groupby
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from . import ranks
+from .blocks import find_blocks, find_body
 from .errors import RunError
 from .esd import as_published
+from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
+from .products import Products
 from .progress import progress
 
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
+NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One prunable matrix, shown as (out, in) however the model stores it.
 
-    name is the module's full name; an expert's ends in its tensor's name and its number.
+    name is the module's full name; an expert's ends in its tensor's name and its number, of `experts` in all.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Matrix:
     module: nn.Module
     parameter: str = "weight"
     expert: int | None = None
+    experts: int = 1
     transposed: bool = False
 
     @property
@@ -52,7 +57,7 @@ class Matrix:
     def view(self, tensor: Tensor) -> Tensor:
         """This matrix's part (out, in) of a tensor that is laid out as `stored` is."""
         if self.expert is not None:
-            tensor = tensor[self.expert]
+            tensor = (tensor if tensor.dim() == 3 else tensor.unflatten(0, (self.experts, -1)))[self.expert]
         return tensor.T if self.transposed else tensor
 
     @property
@@ -73,10 +78,11 @@ class LanguageModel:
 
     model       the transformers model, put into evaluation mode
     tokenizer   saved with the checkpoint; may be None
-    blocks      the decoder's blocks, in order
+    blocks      the decoder's blocks in the order of its forward, from one list of modules or several
+    block_names their full names
+    body        what turns token ids into the last hidden state
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
-    prefix      the full name of the list of blocks
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
 
@@ -85,17 +91,15 @@ class LanguageModel:
     def __init__(self, model: nn.Module, tokenizer=None, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name = name or type(model).__name__
-        self.prefix, self.blocks = _find_blocks(model)
+        found = find_blocks(model, self.name)
+        self.block_names, self.blocks = list(found), list(found.values())
+        self.body = find_body(model, self.block_names, self.name)
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
-        for index, block in enumerate(self.blocks):
-            matrices, uncovered = _find_matrices(block, f"{self.prefix}.{index}", index)
+        for index, (name, block) in enumerate(found.items()):
+            matrices, uncovered = _find_matrices(block, name, index)
             self.matrices += matrices
             self.uncovered += uncovered
-        # The part of the model between tokens and the last hidden state: the module that holds the blocks.
-        self.body = model.get_submodule(self.prefix.rpartition(".")[0])
-        if self.body is model:
-            raise RunError(f"--model {self.name}: {type(model).__name__} has no body apart from its head")
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +145,21 @@ class LanguageModel:
         return self.prunable_parameters / self.parameters
 
     @cached_property
+    def dense_share(self) -> float:
+        """Share of the blocks' weights that lies in `uncovered` parameters."""
+        weights = {id(parameter): parameter.numel() for block in self.blocks for parameter in block.parameters()}
+        dense = {id(parameter): parameter.numel() for parameter in map(self.model.get_parameter, self.uncovered)}
+        return sum(dense.values()) / sum(weights.values())
+
+    @property
+    def stays_dense(self) -> str | None:
+        """What is to be said of the weights that no pruner reaches; nothing where they are few."""
+        if self.dense_share <= NEGLIGIBLE:
+            return None
+        names = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.uncovered)
+        return f"{100 * self.dense_share:.1f} % of the blocks' weights stay dense: {', '.join(names)}"
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the prunable matrices' names and values, as loaded (take it before pruning).
 
@@ -174,6 +193,8 @@ class LanguageModel:
             "device": str(self.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "uncovered": self.uncovered,
+            "dense_share": self.dense_share,
+            "stays_dense": self.stays_dense,
         }
 
     def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
@@ -245,86 +266,40 @@ def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
             matrix.write(weight)
 
 
-def matrix_inputs(module: nn.Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, int | None, Tensor]]:
-    """What the matrices of a module read, from the arguments its forward was called with.
+def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator[tuple[Matrix, Tensor]]:
+    """What the matrices of one module read, from the arguments its forward was called with.
 
-    Yields (parameter, expert, input (..., in)). A linear map reads its one argument. Fused experts are called
-    with (hidden states, chosen experts, routing weights), and each reads the tokens routed to it.
+    Yields (matrix, input (..., in)), a matrix that reads nothing not at all. A linear map reads its one argument;
+    for a stack the module's own forward is run, as it is written rather than in a faster form, and its products watched.
     """
-    args = (*args, *kwargs.values())
-    if not _is_fused_experts(module):
-        yield "weight", None, args[0]
+    module = matrices[0].module
+    if matrices[0].expert is None:
+        yield matrices[0], (*args, *kwargs.values())[0]
         return
-    hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    for expert in range(getattr(module, first).shape[0]):
-        tokens = hidden[(chosen == expert).any(-1)]  # (tokens of this expert, in)
-        yield first, expert, tokens
-        weight = getattr(module, first)[expert]
-        inner = tokens @ (weight if module.is_transposed else weight.T)
-        if module.has_bias:
-            inner = inner + getattr(module, f"{first}_bias")[expert]
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        yield "down_proj", expert, inner
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))
-
-
-def _is_fused_experts(module: nn.Module) -> bool:
-    """An experts module of transformers 5: parameters (experts, ., .) under known names and a known layout."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    def linear_parameters(module: nn.Module) -> int:
-        inner = [m for m in module.modules() if _is_linear(m) or _is_fused_experts(m)]
-        return sum(parameter.numel() for m in inner for parameter in m.parameters(recurse=False))
-
-    lists = {
-        name: (sum(linear_parameters(block) for block in module), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(linear_parameters(block) for block in module)
-    }
-    if not lists:
-        raise RunError(f"--model: {type(model).__name__} has no list of decoder blocks with linear maps in them")
-    name = max(lists, key=lambda name: lists[name][0])  # an outer list comes before those inside it
-    return name, lists[name][1]
+    with Products(matrices) as products:
+        inspect.unwrap(type(module).forward)(module, *args, **kwargs)
+    yield from products.found
 
 
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:
-    matrices, uncovered = [], []
+    """The block's prunable matrices, and the names of the parameters that are none but not dense by nature either."""
+    matrices, uncovered, mixtures = [], [], Mixtures(block)
     for name, module in block.named_modules(prefix=prefix):
-        if _is_linear(module):
-            if not module.weight.is_floating_point():
-                raise RunError(f"--model: {name} holds {module.weight.dtype} weights; load an unquantised checkpoint")
-            if not _is_router(block, prefix, name, module):
-                transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
-                matrices.append(Matrix(name, index, module, transposed=transposed))
-        elif _is_fused_experts(module):
-            for parameter in EXPERT_PARAMETERS:
-                tensor = getattr(module, parameter, None)
-                for expert in range(0 if tensor is None else len(tensor)):
-                    full_name = f"{name}.{parameter}.{expert}"
-                    matrices.append(Matrix(full_name, index, module, parameter, expert, module.is_transposed))
-        else:
-            stacks = [
-                key for key, value in module.named_parameters(recurse=False) if value.dim() == 3 and len(value) > 1
-            ]
-            uncovered += [f"{name}.{key}" for key in stacks if min(module.get_parameter(key).shape[1:]) > 1]
+        stacks = {stack.parameter: stack for stack in mixtures.stacks.get(module, ())}
+        for parameter, value in [] if is_dense_by_nature(module) else wide(module):
+            full_name = f"{name}.{parameter}"
+            if value in mixtures.routers:
+                continue
+            if not (is_linear(module) or parameter in stacks):
+                uncovered.append(full_name)
+                continue
+            if not value.is_floating_point():
+                raise RunError(f"--model: {name} holds {value.dtype} weights; load an unquantised checkpoint")
+            if stack := stacks.get(parameter):
+                matrices += [
+                    Matrix(f"{full_name}.{expert}", index, module, parameter, expert, stack.count, stack.transposed)
+                    for expert in range(stack.count)
+                ]
+            else:
+                matrices.append(Matrix(name, index, module, transposed=not isinstance(module, nn.Linear)))
     return matrices, uncovered
-
-
-def _is_router(block: nn.Module, prefix: str, name: str, module: nn.Module) -> bool:
-    """A linear map beside the experts it chooses among: one output an expert, or one gate for a shared expert."""
-    path = name[len(prefix) + 1 :].split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        parent = block.get_submodule(".".join(path[:depth]))
-        holders = {n: c for n, c in parent.named_children() if isinstance(c, nn.ModuleList) or _is_fused_experts(c)}
-        if path[depth] in holders:
-            return False  # inside an expert
-        counts = {len(c) if isinstance(c, nn.ModuleList) else len(c.down_proj) for c in holders.values()}
-        if counts and module.weight.shape[0] in counts | {1}:
-            return True
-    return False

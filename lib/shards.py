@@ -107,9 +107,9 @@ class ShardedModel(LanguageModel):
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
-        inside = {index: f"{self.prefix}.{index}." for index in range(len(self.blocks))}
-        self._inside = {i: [name for name in state if name.startswith(start)] for i, start in inside.items()}
-        self._rest = [name for name in state if not name.startswith(f"{self.prefix}.")]
+        inside = [tuple(name for name in state if name.startswith(f"{block}.")) for block in self.block_names]
+        self._inside = dict(enumerate(map(list, inside)))
+        self._rest = sorted({*state}.difference(*inside), key=state.index)
 
     @property
     def device(self) -> torch.device:
