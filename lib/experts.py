@@ -85,7 +85,7 @@ class Mixtures:
         deep = [(name, p) for name, p in own if p.dim() == 3 and len(p) > 1 and min(p.shape[1:]) > 1]
         if deep:
             known = hasattr(module, "is_transposed") or all(len(p) in counts for _, p in deep)
-            if not known and not all(self._routers_of(module, {module: len(p)}) for _, p in deep):
+            if not known and not all(self._routers_of(module, {module: len(p)}, own=False) for _, p in deep):
                 return []
             shapes = [tuple(p.shape[1:]) for _, p in deep]
             turned = [module.is_transposed] * len(deep) if hasattr(module, "is_transposed") else _turned(shapes)
@@ -97,9 +97,10 @@ class Mixtures:
                 return [Stack(name, count, turn) for (name, _), turn in zip(flat, turned, strict=True)]
         return []
 
-    def _routers_of(self, holder: nn.Module, experts: dict[nn.Module, int]) -> set[nn.Parameter]:
+    def _routers_of(self, holder: nn.Module, experts: dict[nn.Module, int], own: bool = True) -> set[nn.Parameter]:
         """What chooses among the experts in `holder`: a parameter or a module, as near to them as there is one, that
         ends in as many outputs as there are experts (one more for none of them, or those of several kinds together).
+        Other parameters of `holder` itself count only with `own`.
         """
         beside = holder if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)) else self._parents.get(holder)
         while beside is not None:
@@ -107,7 +108,7 @@ class Mixtures:
             inside = set(held)
             outputs = {n for count in held.values() for n in (count, count + 1)} | {sum(held.values())}
             found: set[nn.Parameter] = set()
-            if not is_linear(beside):
+            if not is_linear(beside) and (own or beside is not holder):
                 stacked = {stack.parameter for stack in self.stacks.get(beside, ())}
                 found |= {p for name, p in wide(beside) if name not in stacked and p.dim() == 2 and {*p.shape} & outputs}
             for child in beside.children():

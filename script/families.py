@@ -30,14 +30,15 @@ SIZES = (
     (r"(eos|sep|forced_eos)_token_id", 2),
     (r"(boi|eoi|boa|eoa|image|audio|video|mask|vision_start|vision_end|vision_soft).*_(id|index)", 3),
     (r"(.*_)?vocab_size(_.*)?|unpadded_vocab_size|audio_vocab_size", VOCABULARY),
-    (r"num_nextn_predict_layers|num_kv_shared_layers|first_k_dense_replace|num_dense_layers|zero_expert_num", None),
+    (r"num_nextn_predict_layers|num_kv_shared_layers|first_k_dense_replace|num_dense_layers", None),
     (r"num_(hidden_|decoder_|encoder_|residual_)?layers|n_layers?|(decoder|encoder)_layers|.*_num_hidden_layers", LAYERS),
     (r"num_blocks|num_layers_per_stack|n_(input|recurrent|output)_layers|depth", 2),
     (r"(num|n)_(key_value|kv|query)_(heads|groups)|.*_num_key_value_heads|kv_n_heads|num_query_groups", 2),
     (r"linear_num_(key|value)_heads|linear_num_heads", 2),
     (r"(.*_)?(num_)?attention_heads|n_heads?|num_heads|index_n_heads|mamba_(n|num)_heads|n_mamba_heads", 4),
-    (r"(.*_)?n(um)?_(local_|routed_)?experts|moe_num_experts|num_expert_group", 4),
-    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|topk_group|n_group", 2),
+    (r"(.*_)?n(um)?_(local_|routed_)?experts|moe_num_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k", 2),
+    (r"topk_group|n_group|num_expert_group", 1),
     (r"(moe|shared|dense|expert|.*shared_expert).*(intermediate|ffn_hidden)_size", 24),
     (r"(head_dim|.*_head_dim|mamba_d_head|mamba_headdim|d_kv|dim_head|d_head|kv_channels|attention_head_size)", 8),
     (r"qk_(nope|rope)_head_dim|v_head_dim|index_head_dim", 8),
@@ -57,27 +58,61 @@ SIZES = (
 )  # fmt: skip
 
 
+LAYER_RULE = next(i for i, (pattern, _) in enumerate(SIZES) if re.fullmatch(pattern, "num_hidden_layers"))
+KEPT = ("rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config")
+
+# What the rules above do not get right: a family's own arguments.
+OWN = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "deepseek_v4": {"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"] * 2},
+    "dory": {"num_hidden_layers": 8, "n_input_layers": 2, "n_recurrent_layers": 4, "n_output_layers": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2, "num_experts": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2}, "ministral": {"head_dim": 8}, "nemotron": {"num_key_value_heads": 2},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2}, "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1}, "qwen4_exp_text": {"num_key_value_heads": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "is_decoder": True},
+    "xmod": {"languages": ["en"], "default_language": "en"},
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 2, "attention_head_dim": 16,
+              "attention_hidden_size": 64},
+    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8, "attention_head_dim": 16, "attention_hidden_size": 64},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
 def shrunk(settings: dict) -> dict:
     """The arguments of a configuration class that make it tiny, from the contents of its default."""
-    found = {}
+    found, layers = {}, {v for k, v in settings.items() if isinstance(k, str) and re.fullmatch(SIZES[LAYER_RULE][0], k)}
+    if "qk_rope_head_dim" in settings:  # the configuration works the rest out
+        settings = {name: value for name, value in settings.items() if name not in ("head_dim", "qk_head_dim")}
     for name, value in settings.items():
-        if isinstance(value, dict) and name not in ("rope_parameters", "rope_scaling", "id2label", "label2id"):
-            found[name] = shrunk(value) | {k: v for k, v in value.items() if k == "model_type"}
+        if not isinstance(name, str):
+            continue
+        if isinstance(value, dict) and name not in KEPT and (smaller := shrunk(value)):
+            found[name] = smaller | {k: v for k, v in value.items() if k == "model_type"}
         elif isinstance(value, int) and not isinstance(value, bool):
             for pattern, size in SIZES:
                 if re.fullmatch(pattern, name):
                     found |= {} if size is None else {name: size}
                     break
-        elif isinstance(value, list) and len(value) > LAYERS and len({*map(str, value)}) < len(value):
+        elif isinstance(value, list) and len(value) in layers:
             kinds = list({str(item): item for item in value}.values())  # a kind each, then as they come
-            found[name] = (kinds + [v for v in value if len(kinds) < LAYERS])[:LAYERS]
-    return found
+            found[name] = (kinds + value)[:LAYERS]
+    return found | ({"num_key_value_heads": 4} if "qk_rope_head_dim" in settings else {})
 
 
 def tiny(family: str) -> torch.nn.Module:
     """A random causal LM of the family. Raises whatever transformers does where it cannot be made this small."""
     make = transformers.CONFIG_MAPPING[family]
-    settings = shrunk(make().to_dict())
+    settings = shrunk(make().to_dict()) | OWN.get(family, {})
     config = make(**settings)
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "is_decoder") or family in ("bert",):
@@ -101,7 +136,7 @@ def try_family(family: str) -> dict:
     except Exception as error:
         return {"result": "not made", "why": f"{type(error).__name__}: {error}"}
     row = {"class": type(hf).__name__}
-    tokens = torch.randint(3, VOCABULARY - 8, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(8, VOCABULARY, (WINDOWS, SEQLEN), generator=torch.Generator().manual_seed(1))
     try:
         with torch.no_grad():
             hf(input_ids=tokens, use_cache=False)
