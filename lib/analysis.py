@@ -4,7 +4,7 @@ import logging
 
 from . import results
 from .config import RunConfig
-from .load import find_source, load_model, open_model, safetensors_files
+from .load import find_source, load_config, load_model, open_model, safetensors_files
 from .model import LanguageModel
 from .quality import layer_quality
 from .stopwatch import Stopwatch
@@ -16,6 +16,7 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Measure every metric asked for, and stop."""
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
+        load_config(source)  # before any weight is fetched
         model = (open_model if safetensors_files(source) else load_model)(source, config.device, "float32")
         described = describe(model, events)
     scores, portraits = score(config, model, clock, events)

@@ -5,7 +5,6 @@ the module says so (an attribute such as `num_experts`), or a router beside it h
 as many outputs as there are experts and lies beside them, not among them.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import transformers
@@ -70,8 +69,8 @@ class Mixtures:
             self.routers |= self._routers_of(holder, experts)
         if self.routers:
             inside = {module for holder in experts for module in holder.modules()}
-            gates = [m.weight for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == 1 and m not in inside]
-            self.routers |= set(gates)
+            outside = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in inside]
+            self.routers |= {m.weight for m in outside if m.out_features == 1}  # gates of shared experts
 
     def _stacks_of(self, module: nn.Module) -> list[Stack]:
         if is_linear(module):
@@ -87,13 +86,16 @@ class Mixtures:
             known = hasattr(module, "is_transposed") or all(len(p) in counts for _, p in deep)
             if not known and not all(self._routers_of(module, {module: len(p)}, own=False) for _, p in deep):
                 return []
-            shapes = [tuple(p.shape[1:]) for _, p in deep]
-            turned = [module.is_transposed] * len(deep) if hasattr(module, "is_transposed") else _turned(shapes)
+            if hasattr(module, "is_transposed"):
+                turned = [module.is_transposed] * len(deep)
+            else:
+                routers = self._routers_of(module, {module: len(deep[0][1])})
+                turned = _turned([tuple(p.shape[1:]) for _, p in deep], routers)
             return [Stack(name, len(p), turn) for (name, p), turn in zip(deep, turned, strict=True)]
         for count in counts:
             flat = [(name, p) for name, p in own if len(p) % count == 0 and len(p) > count]
-            if len(flat) == len(own) and self._routers_of(module, {module: count}):
-                turned = _turned([(len(p) // count, p.shape[1]) for _, p in flat])
+            if len(flat) == len(own) and (routers := self._routers_of(module, {module: count})):
+                turned = _turned([(len(p) // count, p.shape[1]) for _, p in flat], routers)
                 return [Stack(name, count, turn) for (name, _), turn in zip(flat, turned, strict=True)]
         return []
 
@@ -110,7 +112,8 @@ class Mixtures:
             found: set[nn.Parameter] = set()
             if not is_linear(beside) and (own or beside is not holder):
                 stacked = {stack.parameter for stack in self.stacks.get(beside, ())}
-                found |= {p for name, p in wide(beside) if name not in stacked and p.dim() == 2 and {*p.shape} & outputs}
+                single = [p for name, p in wide(beside) if name not in stacked and p.dim() == 2]
+                found |= {p for p in single if {*p.shape} & outputs}
             for child in beside.children():
                 modules = list(child.modules())
                 if not inside & set(modules):
@@ -128,16 +131,17 @@ def _counts(module: nn.Module, what: str) -> list[int]:
     return sorted({v for k, v in vars(module).items() if what in k and type(v) is int and v > 1}, reverse=True)
 
 
-def _turned(shapes: list[tuple[int, int]]) -> list[bool]:
+def _turned(shapes: list[tuple[int, int]], routers: set[nn.Parameter]) -> list[bool]:
     """For the matrices of one expert, as stored and in order, whether each is (in, out) rather than (out, in).
 
-    What the first reads is what the last writes, and what the last reads is what the first writes, or half of it where
-    that is a gate and what it opens.
+    What the first reads is what the last writes and what the routers read, and what the last reads is what the first
+    writes, or half of it where that is a gate and what it opens.
     """
+    width = {length for router in routers for length in router.shape}
     for turned in ([False] * len(shapes), [True] * len(shapes), [False] * (len(shapes) - 1) + [True]):
-        (first_out, first_in), (last_out, last_in) = (
-            shape[::-1] if turn else shape for shape, turn in ((shapes[0], turned[0]), (shapes[-1], turned[-1]))
-        )
-        if len(shapes) == 1 or (first_in == last_out and first_out in (last_in, 2 * last_in)):
+        oriented = [shape[::-1] if turn else shape for shape, turn in zip(shapes, turned, strict=True)]
+        (first_out, first_in), (last_out, last_in) = oriented[0], oriented[-1]
+        chained = len(shapes) == 1 or (first_in == last_out and first_out in (last_in, 2 * last_in))
+        if chained and (len(shapes) == 1 or not width or first_in in width):
             return turned
     return [False] * len(shapes)

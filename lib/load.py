@@ -91,8 +91,25 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
 
 @cache
 def load_config(source: Source):
-    """The model's configuration, read once (a GGUF file takes seconds)."""
-    return _from_pretrained(transformers.AutoConfig, source, "configuration")
+    """The model's configuration, read once (a GGUF file takes seconds). Raises RunError where it is no causal LM's."""
+    config = _from_pretrained(transformers.AutoConfig, source, "configuration")
+    _check_causal(source, config)
+    return config
+
+
+def _check_causal(source: Source, config) -> None:
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    made = "".join(f", made for {name}" for name in (getattr(config, "architectures", None) or [])[:1])
+    if config.is_encoder_decoder:
+        raise RunError(
+            f"--model {source.name}: an encoder-decoder ({type(config).__name__}{made}); only causal LMs are pruned"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunError(
+            f"--model {source.name}: no causal LM to transformers' AutoModelForCausalLM "
+            f"({type(config).__name__}{made}); only causal LMs are pruned"
+        )
 
 
 def load_tokenizer(source: Source):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .blocks import find_blocks, find_body
+from .blocks import find_blocks, find_body, is_causal
 from .errors import RunError
 from .esd import as_published
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
@@ -26,6 +26,7 @@ from .masks import Pattern
 from .products import Products
 from .progress import progress
 
+FEW = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
 
 
@@ -199,7 +200,8 @@ class LanguageModel:
 
     def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
         """Raises RunError for windows with tokens that the model does not have, for the first matrix that N:M does
-        not fit, and for the first parameter that holds NaN or infinity.
+        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead or whose logits
+        are not to be had from its last hidden state.
         """
         known = self.model.get_input_embeddings().weight.shape[0]
         if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
@@ -212,6 +214,18 @@ class LanguageModel:
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta and not parameter.isfinite().all():
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
+        given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
+        few = given[:1, :FEW]
+        with self.resident_in_forward(0):
+            if few.numel() > 1 and not is_causal(self.body, self.blocks[0], few.to(self.device)):
+                decoder = getattr(self.model.config, "is_decoder", None)
+                advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
+                raise RunError(
+                    f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
+                    f"token depends on those that follow{advice}"
+                )
+        if not self.streamed:
+            self.logits(self.hidden_states(few))
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
@@ -234,10 +248,19 @@ class LanguageModel:
             return output
 
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with replaced_forward(self.body, body):
-            logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        try:
+            with replaced_forward(self.body, body):
+                logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
+                "state; it is not supported"
+            ) from error
         if not asked:
-            raise RuntimeError(f"{type(self.model).__name__} computes logits without its {type(self.body).__name__}")
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
+                f"{type(self.body).__name__}; it is not supported"
+            )
         return logits
 
 
@@ -270,7 +293,7 @@ def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator
     """What the matrices of one module read, from the arguments its forward was called with.
 
     Yields (matrix, input (..., in)), a matrix that reads nothing not at all. A linear map reads its one argument;
-    for a stack the module's own forward is run, as it is written rather than in a faster form, and its products watched.
+    for a stack the module's own forward is run, as written rather than in a faster form, and its products are watched.
     """
     module = matrices[0].module
     if matrices[0].expert is None:
@@ -286,7 +309,8 @@ def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matr
     matrices, uncovered, mixtures = [], [], Mixtures(block)
     for name, module in block.named_modules(prefix=prefix):
         stacks = {stack.parameter: stack for stack in mixtures.stacks.get(module, ())}
-        for parameter, value in [] if is_dense_by_nature(module) else wide(module):
+        nature = is_dense_by_nature(module) or "norm" in name.rpartition(".")[2]
+        for parameter, value in [] if nature else wide(module):
             full_name = f"{name}.{parameter}"
             if value in mixtures.routers:
                 continue

@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import RunError
 
 _ATEN = torch.ops.aten
-_FACTORS = {_ATEN.mm.default: (0, 1), _ATEN.addmm.default: (1, 2), _ATEN.bmm.default: (0, 1), _ATEN.baddbmm.default: (1, 2)}
+_FACTORS = {
+    _ATEN.mm.default: (0, 1),
+    _ATEN.addmm.default: (1, 2),
+    _ATEN.bmm.default: (0, 1),
+    _ATEN.baddbmm.default: (1, 2),
+}
 
 
 class Products(TorchDispatchMode):
