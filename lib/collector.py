@@ -29,7 +29,7 @@ class Collector:
         self._modules = list(self._of_module)
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
-        self._dense: dict[nn.Module, Tensor] = {}  # what each module reads of the current batch in the dense model
+        self._dense: dict[nn.Module, Tensor | None] = {}  # what each module reads of the current batch in the dense model
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
@@ -40,7 +40,8 @@ class Collector:
         """
 
         def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._dense[of_twin[module]] = (*args, *kwargs.values())[0]
+            again = of_twin[module] in self._dense  # of experts called one by one: which of them, is not known
+            self._dense[of_twin[module]] = None if again else (*args, *kwargs.values())[0]
             if of_twin[module] is self._last and not whole:
                 raise StopForward
 
@@ -72,11 +73,11 @@ class Collector:
         dense = self._dense.get(module)
         # The dense model's input goes where the pruned one's is routed.
         matrices = self._of_module[module]
-        paired = None if dense is None else matrix_inputs(matrices, (dense, *(*args, *kwargs.values())[1:]), {})
+        rest = (*args, *kwargs.values())[1:]
+        paired = {} if dense is None else dict(matrix_inputs(matrices, (dense, *rest), {}))
         for matrix, x in matrix_inputs(matrices, args, kwargs):
-            x_dense = None if paired is None else next(paired)[1]
             if x.numel():
-                self._add(matrix.name, x, x_dense)
+                self._add(matrix.name, x, paired.get(matrix))
         if module is self._last and not self._whole and len(self._order) == len(self._modules):
             raise StopForward
 
