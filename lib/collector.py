@@ -4,7 +4,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
-from .model import Matrix, matrix_inputs
+from .model import Matrix, keeps_tokens, matrix_inputs
 from .stats import InputStats
 
 
@@ -29,7 +29,7 @@ class Collector:
         self._modules = list(self._of_module)
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
-        self._dense: dict[nn.Module, Tensor | None] = {}  # what each module reads of the current batch in the dense model
+        self._dense: dict[nn.Module, Tensor | None] = {}  # what each module reads of this batch in the dense model
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
@@ -74,7 +74,9 @@ class Collector:
         # The dense model's input goes where the pruned one's is routed.
         matrices = self._of_module[module]
         rest = (*args, *kwargs.values())[1:]
-        paired = {} if dense is None else dict(matrix_inputs(matrices, (dense, *rest), {}))
+        paired = {}
+        if dense is not None and keeps_tokens(matrices, rest):
+            paired = dict(matrix_inputs(matrices, (dense, *rest), {}))
         for matrix, x in matrix_inputs(matrices, args, kwargs):
             if x.numel():
                 self._add(matrix.name, x, paired.get(matrix))

@@ -304,6 +304,14 @@ def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator
     yield from products.found
 
 
+def keeps_tokens(matrices: list[Matrix], rest: tuple) -> bool:
+    """Whether the module of these matrices is called with all tokens in their own order, however they are routed: a
+    linear map is, and experts are where the chosen ones come in the `rest` of the call, as integers.
+    """
+    chosen = (value for value in rest if isinstance(value, Tensor))
+    return is_linear(matrices[0].module) or any(not value.is_floating_point() for value in chosen)
+
+
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:
     """The block's prunable matrices, and the names of the parameters that are none but not dense by nature either."""
     matrices, uncovered, mixtures = [], [], Mixtures(block)
