@@ -212,7 +212,7 @@ def summary(record: dict) -> str:
     lines += ["", f"Results: {folder}/ (run.json, layers.csv{pictures})"]
     if config["save_model"]:
         lines.append(f"Pruned model: {config['save_model']}/")
-    if record["model"]["stays_dense"]:
+    if record["model"].get("stays_dense"):
         lines += ["", record["model"]["stays_dense"]]
     return "\n".join(lines)
 
