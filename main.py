@@ -15,6 +15,7 @@ from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
+from lib.storage import settle
 from lib.trials import on_trial
 
 log = logging.getLogger("lib.main")
@@ -45,20 +46,23 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         if config.calibrated:
             windows = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out,
+                held_out=config.held_out, cache_dir=config.cache_dir,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
             ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
         if config.eval_wikitext:
-            evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
+            evaluation = evaluation_windows(
+                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, cache_dir=config.cache_dir
+            )
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
         if config.stream:
-            model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
+            source = results.as_safetensors(source)
+            model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
             model.load_rest()
         else:
-            model = load_model(source, config.device, config.dtype, tokenizer)
+            model = load_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
         model.check(config.pattern, calibration, evaluation)
-        described, batch = describe(model, events), config.batch(seqlen)
+        described, batch = describe(model, events, source), config.batch(seqlen)
 
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()
@@ -98,6 +102,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         config, model, targets, planned["asymmetry"], calibration, row_weights=rows, batch_size=batch,
         recovery=config.recover == "block", clock=clock, events=events, **resumable,
     )  # fmt: skip
+    for message in settle(model.rest(), model.saved_as):
+        note(events, message)
     if journal:
         journal.finish()
 
@@ -120,8 +126,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     results.append_result(config, record)
     if config.plot:
         results.write_report(folder, record, scores, portraits)
+    if config.save_model:
+        results.describe_checkpoint(config, record)
     if journal:
-        journal.close(record)
+        journal.close()
     return record
 
 

@@ -4,7 +4,7 @@ import logging
 
 from . import results
 from .config import RunConfig
-from .load import find_source, load_config, load_model, open_model, safetensors_files
+from .load import Source, find_source, load_model, open_model
 from .model import LanguageModel
 from .quality import layer_quality
 from .stopwatch import Stopwatch
@@ -16,9 +16,8 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Measure every metric asked for, and stop."""
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
-        load_config(source)  # before any weight is fetched
-        model = (open_model if safetensors_files(source) else load_model)(source, config.device, "float32")
-        described = describe(model, events)
+        model = (load_model if source.gguf else open_model)(source, config.device, "float32")
+        described = describe(model, events, source)
     scores, portraits = score(config, model, clock, events)
     layers = [
         {"name": m.name, "block": m.block, "shape": list(m.shape), "scores": {k: v[m.name] for k, v in scores.items()}}
@@ -31,13 +30,15 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     return record
 
 
-def describe(model: LanguageModel, events: list[dict]) -> dict:
+def describe(model: LanguageModel, events: list[dict], source: Source) -> dict:
     """The `model` part of run.json, logged."""
-    described = model.describe()
+    described = model.describe() | {"revision": source.revision}
     log.info(
         "%s: %d blocks, %d matrices, %.1f %% of %d parameters prunable, %s on %s", model.name, len(model.blocks),
         len(model.matrices), 100 * model.coverage, model.parameters, described["dtype"], described["device"],
     )  # fmt: skip
+    for message in model.notes:
+        note(events, message)
     if model.stays_dense:
         note(events, model.stays_dense)
     return described

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from scipy.linalg import eigvalsh
+from scipy.linalg import LinAlgError, eigvalsh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     """Eigenvalues of the smaller Gram matrix of (out, in), ascending, float64, on the CPU; (min(out, in),).
 
     About n^2 m floating-point operations for the Gram matrix (a symmetric rank-k update) and 4/3 n^3 for the
-    reduction to tridiagonal form, n <= m. Raises ValueError for NaN or infinity.
+    reduction to tridiagonal form, n <= m. Raises ValueError for NaN or infinity, and where LAPACK does not converge.
     """
     matrix = matrix.double().contiguous()
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -76,10 +76,14 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     del matrix
     if not gram.diagonal().isfinite().all():  # a sum of squares over every row (or column)
         raise ValueError("holds NaN or infinity")
-    if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
-        values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
-        return torch.from_numpy(values).clamp_(min=0)
-    return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
+    try:
+        if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
+            values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
+            return torch.from_numpy(values).clamp_(min=0)
+        return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
+    except (LinAlgError, torch.linalg.LinAlgError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no eigenvalues ({reason}); try another --device, or prune without a metric") from error
 
 
 class Spectrum:

@@ -1,13 +1,16 @@
 """The loss's gradients with respect to the prunable weights, one parameter at a time."""
 
+import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from . import ranks
-from .model import LanguageModel, Matrix
+from .model import LanguageModel, Matrix, replaced_forward
 from .precision import mixed_precision
 from .progress import progress
 
@@ -18,7 +21,8 @@ def visit_gradients(
     """Call `visit(matrix, gradient)`, (out, in), of every matrix that a batch's loss depends on, batch by batch.
 
     windows (n, seqlen) token ids, of which each rank takes its share; the loss is summed over their predicted tokens,
-    in nats. No gradient outlives the call that it is handed to.
+    in nats. No gradient outlives the call that it is handed to. A GPU takes one window a pass and keeps of each block
+    its input only, from which the pass back computes it again.
     """
     readers: dict[torch.nn.Parameter, list[Matrix]] = {}
     for matrix in model.matrices:
@@ -29,11 +33,17 @@ def visit_gradients(
             visit(matrix, matrix.view(parameter.grad))
         parameter.grad = None
 
-    mine, hooks = ranks.mine(windows), []
-    try:
+    mine, on_gpu = ranks.mine(windows), model.device.type == "cuda"
+    if on_gpu:
+        batch_size = 1
+    with ExitStack() as stack:
         for parameter in readers:
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(reached))
+            stack.callback(parameter.requires_grad_, False)
+            stack.callback(parameter.register_post_accumulate_grad_hook(reached).remove)
+        for block in model.blocks if on_gpu else ():
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, again))
         with progress(None, "gradients", "window", total=len(mine)) as bar:
             for batch in mine.split(batch_size):
                 tokens = batch.to(model.device)
@@ -43,8 +53,3 @@ def visit_gradients(
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
                 loss.backward()
                 bar.update(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in readers:
-            parameter.requires_grad_(False)

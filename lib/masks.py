@@ -1,7 +1,11 @@
-"""Scores to boolean masks, True where a weight goes. Counts are exact, ties included."""
+"""Scores to boolean masks, True where a weight goes. Counts are exact, ties included.
+
+`gone` (a mask like the scores, or None) are weights that are zero already: they are taken before any other, whatever
+their scores, count towards what is asked for, and are taken even where they are more than that.
+"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +17,12 @@ from .errors import RunError
 class Pattern:
     """Where zeros may lie: anywhere (`group` is None), or a fixed number in every `group` (the M of
     N:M) consecutive weights along the input dimension. N follows from a matrix's own sparsity.
+
+    gone  (out, in) the weights of the one matrix to prune that stay zero because they are; None where there are none
     """
 
     group: int | None = None
+    gone: Tensor | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def parse(text: str) -> tuple["Pattern", float | None]:
@@ -39,39 +46,65 @@ class Pattern:
         """Zeros in each group of a matrix pruned to `sparsity`, a multiple of 1/M."""
         return round(sparsity * self.group)
 
+    def on(self, weight: Tensor) -> "Pattern":
+        """The same for one matrix (out, in): what is zero stays zero."""
+        gone = weight == 0
+        return replace(self, gone=gone if gone.any() else None)
+
+    def forced(self, sparsity: float) -> int:
+        """Zeros that a matrix pruned to `sparsity` has in any case, for those that are gone; 0 where none are."""
+        if self.gone is None:
+            return 0
+        if self.group is None:
+            return int(self.gone.sum())
+        return int(_in_groups(self.gone, self.group).clamp(min=self.zeros(sparsity)).sum())
+
 
 def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
     """Mask of the `counts` lowest scores of each row; among equal scores the first ones.
 
     scores (rows, columns); counts one number, or (rows,) of them. Returns bool (rows, columns).
     """
-    rows = len(scores)
-    counts = torch.as_tensor(counts, device=scores.device).expand(rows)
-    if rows == 0 or int(counts.max()) == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if int(counts.min()) == int(counts.max()):
-        limit = scores.kthvalue(int(counts[0]), dim=1).values[:, None]  # (rows, 1)
-    else:
-        ordered = scores.sort(dim=1).values
-        limit = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])
-        limit = torch.where(counts[:, None] > 0, limit, -torch.inf)
-    return _up_to(limit, scores, counts)
+    if scores.is_cuda:
+        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/GPU.md).
+        order = scores.sort(dim=1, stable=True).indices
+        taken = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        taken = taken < (counts if isinstance(counts, int) else counts[:, None])
+        return torch.empty_like(taken).scatter_(1, order, taken)
+    if isinstance(counts, int):
+        if len(scores) == 0 or counts == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        return _up_to(scores.kthvalue(counts, dim=1).values[:, None], scores, counts)
+    ordered = scores.sort(dim=1).values
+    limit = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # (rows, 1)
+    return _up_to(torch.where(counts[:, None] > 0, limit, -torch.inf), scores, counts)
 
 
-def _up_to(limit: Tensor, scores: Tensor, counts: Tensor) -> Tensor:
-    """Mask of `counts` (rows,) scores of each row that are at most the row's limit (rows, 1), the counts-th lowest."""
+def _up_to(limit: Tensor, scores: Tensor, counts: int | Tensor) -> Tensor:
+    """Mask of `counts` scores of each row that are at most the row's limit (rows, 1), the counts-th lowest."""
     mask = scores <= limit
     if bool((mask.sum(1) == counts).all()):
         return mask
     ties = scores == limit
     mask &= ~ties
-    missing = counts[:, None] - mask.sum(1, keepdim=True)  # (rows, 1)
+    missing = (counts - mask.sum(1))[:, None]  # (rows, 1)
     return mask | (ties & (ties.cumsum(1) <= missing))
 
 
-def lowest_of_matrix(scores: Tensor, sparsity: float) -> Tensor:
+def _first(scores: Tensor, gone: Tensor | None) -> Tensor:
+    """The scores, those that are gone below all others."""
+    return scores if gone is None else scores.masked_fill(gone, -torch.inf)
+
+
+def _count(scores: Tensor, sparsity: float, gone: Tensor | None) -> int:
+    """Weights to take from the whole matrix."""
+    count = round(sparsity * scores.numel())
+    return count if gone is None else max(count, int(gone.sum()))
+
+
+def lowest_of_matrix(scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
     """Mask of the round(sparsity * size) lowest scores of the whole matrix."""
-    return lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view_as(scores)
+    return lowest(_first(scores, gone).reshape(1, -1), _count(scores, sparsity, gone)).view_as(scores)
 
 
 class LowestOfMatrix:
@@ -85,8 +118,10 @@ class LowestOfMatrix:
     def __init__(self):
         self._last: Tensor | None = None
 
-    def __call__(self, scores: Tensor, sparsity: float) -> Tensor:
-        flat, count = scores.reshape(1, -1), round(sparsity * scores.numel())
+    def __call__(self, scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
+        if scores.is_cuda:  # a search would wait for the GPU, and a sort takes less
+            return lowest_of_matrix(scores, sparsity, gone)
+        flat, count = _first(scores, gone).reshape(1, -1), _count(scores, sparsity, gone)
         if count == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         limit = None
@@ -96,25 +131,63 @@ class LowestOfMatrix:
             rank = count - int(below.sum())
             limit = near.kthvalue(rank).values if 1 <= rank <= len(near) else None
         self._last = flat.kthvalue(count).values[0] if limit is None else limit
-        counts = torch.tensor([count], device=scores.device)
-        return _up_to(self._last.view(1, 1), flat, counts).view_as(scores)
+        return _up_to(self._last.view(1, 1), flat, count).view_as(scores)
 
 
-def lowest_of_rows(scores: Tensor, sparsity: float) -> Tensor:
+def lowest_of_rows(scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
     """Mask of the lowest scores row by row, round(sparsity * size) in all.
 
     Every row loses floor(sparsity * columns), as in Wanda. What that leaves of the matrix's own target
     (less than one weight a row) is taken one weight a row, from the rows whose next score is lowest.
+    Where rows have more zeros already, the others lose as much less, all of them alike.
     """
-    rows = len(scores)
-    base, extra = divmod(round(sparsity * scores.numel()), rows)
-    counts = torch.full((rows,), base, device=scores.device)
+    rows, total = len(scores), _count(scores, sparsity, gone)
+    if gone is None:
+        base, extra = divmod(total, rows)
+        counts = torch.full((rows,), base, device=scores.device)
+    else:
+        scores, zeros = _first(scores, gone), gone.sum(1)  # (rows,)
+        base, extra = _level(zeros, scores.shape[1], total)
+        counts = zeros.clamp(min=base)
     if extra:
-        following = scores.kthvalue(base + 1, dim=1).values  # (rows,)
-        counts += lowest(following[None], extra)[0]
+        following = scores.kthvalue(base + 1, dim=1).values  # (rows,); -inf of a row that has lost as much already
+        counts = counts + lowest(following.masked_fill(following == -torch.inf, torch.inf)[None], extra)[0]
+    elif gone is None:
+        return lowest(scores, base)
     return lowest(scores, counts)
 
 
-def lowest_of_groups(scores: Tensor, zeros: int, group: int) -> Tensor:
+def _level(zeros: Tensor, columns: int, total: int) -> tuple[int, int]:
+    """The largest `base` with sum(max(zeros, base)) <= total, and what is left of the total; zeros (rows,)."""
+    levels = torch.arange(columns + 1, device=zeros.device)
+    ordered = zeros.sort().values
+    below = torch.searchsorted(ordered, levels, right=True)  # (columns + 1,) rows with at most so many zeros
+    above = ordered.sum() - torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])[below]
+    sums = levels * below + above
+    base = int((sums <= total).sum()) - 1
+    return base, total - int(sums[base])
+
+
+def lowest_of_groups(scores: Tensor, zeros: int, group: int, gone: Tensor | None = None) -> Tensor:
     """Mask of the `zeros` lowest of every `group` consecutive scores of a row (N:M)."""
-    return lowest(scores.reshape(-1, group), zeros).view_as(scores)
+    columns = scores.reshape(-1, group).t().contiguous()
+    already = None if gone is None else gone.reshape(-1, group).t()
+    return lowest_of_columns(columns, zeros, already).t().reshape(scores.shape)
+
+
+def lowest_of_columns(scores: Tensor, zeros: int, gone: Tensor | None = None) -> Tensor:
+    """Mask of the `zeros` lowest scores of each column of a few rows, (M, n): by counting those before each.
+
+    Nothing is waited for, and on a CPU as on a GPU a selection takes longer.
+    """
+    scores, counts = _first(scores, gone), zeros if gone is None else gone.sum(0).clamp(min=zeros)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    for row, score in enumerate(scores):
+        before = (scores[:row] <= score).sum(0) + (scores[row + 1 :] < score).sum(0)
+        torch.lt(before, counts, out=mask[row])
+    return mask
+
+
+def _in_groups(gone: Tensor, group: int) -> Tensor:
+    """How many of every `group` consecutive weights of a row are gone, (groups,)."""
+    return gone.reshape(-1, group).sum(1)

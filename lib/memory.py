@@ -3,6 +3,9 @@
 import ctypes
 import sys
 
+import torch
+from torch import Tensor
+
 # glibc's names in malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -20,3 +23,8 @@ def keep_freed_memory(tensors_up_to: int = 32 << 20) -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, tensors_up_to)
         mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; of a GPU's tensor in pinned memory, 35 times as fast as in other (docs/GPU.md)."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)

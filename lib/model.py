@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -23,6 +23,7 @@ from .errors import RunError
 from .esd import as_published
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
+from .memory import on_host
 from .products import Products
 from .progress import progress
 
@@ -34,7 +35,9 @@ NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without 
 class Matrix:
     """One prunable matrix, shown as (out, in) however the model stores it.
 
-    name is the module's full name; an expert's ends in its tensor's name and its number, of `experts` in all.
+    name is the module's full name; an expert's ends in its tensor's name and its number, of `experts` in all. A matrix
+    that several modules share is one: the last of them, whose block it belongs to; `earlier` has it as the others hold
+    it.
     """
 
     name: str
@@ -44,6 +47,12 @@ class Matrix:
     expert: int | None = None
     experts: int = 1
     transposed: bool = False
+    earlier: tuple["Matrix", ...] = ()
+
+    @property
+    def uses(self) -> tuple["Matrix", ...]:
+        """The matrix as each module has it, in order."""
+        return (*self.earlier, self)
 
     @property
     def weight(self) -> Tensor:
@@ -84,6 +93,8 @@ class LanguageModel:
     body        what turns token ids into the last hidden state
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
+    saved_as    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
+    notes       what was found at loading and is worth an event
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
 
@@ -95,12 +106,15 @@ class LanguageModel:
         found = find_blocks(model, self.name)
         self.block_names, self.blocks = list(found), list(found.values())
         self.body = find_body(model, self.block_names, self.name)
+        self.saved_as: dict[str, torch.dtype] = {}
+        self.notes: list[str] = []
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
         for index, (name, block) in enumerate(found.items()):
             matrices, uncovered = _find_matrices(block, name, index)
             self.matrices += matrices
             self.uncovered += uncovered
+        self.matrices = _each_once(self.matrices)
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +123,10 @@ class LanguageModel:
 
     def matrices_of(self, block: int) -> list[Matrix]:
         return [matrix for matrix in self.matrices if matrix.block == block]
+
+    def uses_in(self, block: int) -> list[tuple[Matrix, Matrix]]:
+        """Every matrix that the block reads: as it has it, and as it is in `matrices`."""
+        return [(use, matrix) for matrix in self.matrices for use in matrix.uses if use.block == block]
 
     def groups(self) -> Iterator[list[Matrix]]:
         """The matrices by the tensor that stores them: one each, or all experts of a fused tensor; in module order."""
@@ -121,9 +139,9 @@ class LanguageModel:
         yield
 
     @contextmanager
-    def resident_block(self, index: int, original: bool = False):
-        """While the block `index` is run or changed; likewise. A block that was replaced is read as it was before
-        where `original` asks for it.
+    def resident_block(self, index: int, upto: int | None = None):
+        """While the block `index` is run or changed; likewise. Of blocks that were replaced, those after `upto`, if
+        given, are read as they were before, and so is what they share with this one.
         """
         yield
 
@@ -131,6 +149,20 @@ class LanguageModel:
     def resident_in_forward(self, index: int):
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
+
+    def block_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block, which is resident, by name."""
+        return self.blocks[index].state_dict(prefix=f"{self.block_names[index]}.")
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors by name, each tied one once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: value for name, value in self.model.state_dict().items() if name not in tied}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of these the ones outside the blocks."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return {name: value for name, value in self.state().items() if not name.startswith(blocks)}
 
     @property
     def parameters(self) -> int:
@@ -280,8 +312,8 @@ def replaced_forward(module: nn.Module, forward):
 
 @contextmanager
 def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
-    """The prunable weights; whatever is done to the model's is undone in the end."""
-    weights = {matrix: matrix.weight.clone() for matrix in model.matrices}
+    """The prunable weights, on the host; whatever is done to the model's is undone in the end."""
+    weights = {matrix: on_host(matrix.weight) for matrix in model.matrices}
     try:
         yield weights
     finally:
@@ -335,3 +367,16 @@ def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matr
             else:
                 matrices.append(Matrix(name, index, module, transposed=not isinstance(module, nn.Linear)))
     return matrices, uncovered
+
+
+def _each_once(matrices: list[Matrix]) -> list[Matrix]:
+    """Without the repetitions of what several modules share."""
+    uses: dict[tuple, list[Matrix]] = {}
+    for matrix in matrices:
+        uses.setdefault((id(matrix.stored), matrix.expert), []).append(matrix)
+    last = {id(found[-1]): found for found in uses.values()}
+    return [
+        replace(m, earlier=tuple(replace(use, name=m.name) for use in last[id(m)][:-1])) if len(last[id(m)]) > 1 else m
+        for m in matrices
+        if id(m) in last
+    ]

@@ -30,7 +30,7 @@ def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Ac
     batches_a_step = max(1, round(WINDOWS / len(wanted[0]) / ranks.size()))
     steps = min(ranks.gather(-(-len(wanted) // batches_a_step)))  # the same on every rank
     own = [float(batch.float().square().mean()) for batch in wanted]
-    scale = fmean(chain(*ranks.gather(own)))  # of all ranks, for their gradients are added
+    scale = fmean(chain(*ranks.gather(own))) or 1.0  # of all ranks, for their gradients are added
     with _trainable(matrices) as (weights, mixed):
         mixed = mixed if _runs(forward, mixed) else nullcontext
         kept = [weight != 0 for weight in weights]
@@ -49,7 +49,7 @@ def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Ac
             schedule.step()
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
-            raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; try --dtype float32 or bfloat16")
+            raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
 
 
 @torch.no_grad()

@@ -74,6 +74,19 @@ class InputStats:
                 self.sum_squares = x.new_zeros(x.shape[1])
             self.sum_squares += x.square().sum(0)
 
+    def plus(self, other: "InputStats") -> "InputStats":
+        """Over the tokens of both, each finished; neither may hold a residual."""
+        both = InputStats(self.needs, self._wants_cross)
+        both.tokens, both.paired = self.tokens + other.tokens, self.paired + other.paired
+        if self.gram is None:
+            both.sum_squares = self.sum_squares + other.sum_squares
+            return both
+        both.gram = self.gram + other.gram
+        both.sum_squares = both.gram.diagonal()
+        if self._wants_cross:
+            both.cross = self.cross + other.cross
+        return both
+
     def add_residual(self, gap: Tensor, x: Tensor) -> None:
         """Add R_d - R (..., out) for the tokens x (..., in)."""
         product = gap.reshape(-1, gap.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
@@ -82,7 +95,7 @@ class InputStats:
     def finish(self) -> None:
         """Call once all tokens are in: completes the symmetric matrix."""
         if self.gram is not None:
-            self.gram.copy_(self.gram.triu() + self.gram.triu(1).T)
+            mirror(self.gram)
 
     def derive(self, function: Callable[["InputStats"], object]) -> object:
         """`function(self)`, computed once however many matrices ask for it."""
@@ -106,3 +119,13 @@ def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
     for begin in range(0, x.shape[1], width):
         end = min(begin + width, x.shape[1])
         gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
+
+
+def mirror(gram: Tensor, blocks: int = 8) -> None:
+    """Copy what lies above the diagonal of (in, in) below it, part by part: a whole copy of it may be gigabytes."""
+    width = -(-len(gram) // blocks)
+    for begin in range(0, len(gram), width):
+        end = min(begin + width, len(gram))
+        gram[end:, begin:end] = gram[begin:end, end:].T
+        square = gram[begin:end, begin:end]
+        square.copy_(square.triu() + square.triu(1).T)

@@ -25,7 +25,8 @@ def on_trial(calibration: Tensor) -> Tensor:
 class Trials:
     """Prunes with `prune(targets, asymmetry, windows)`, measures the loss on `held_out` windows and undoes it.
 
-    Each trial reads the calibration windows of `on_trial`, and meanwhile a copy of the prunable weights is held.
+    Each trial reads the calibration windows of `on_trial`, and meanwhile a copy of the prunable weights is held, on the
+    host.
     """
 
     def __init__(
@@ -48,15 +49,15 @@ class Trials:
         `sparsity` is not asked about: there the model may know nothing any more, and its gradients no weight's worth.
         """
         step, begin = 1 / group if group else STEP, time.perf_counter()
-        levels, pruned = [max(sparsity - step, 0.0), sparsity], []
+        levels, names = [max(sparsity - step, 0.0), sparsity], [matrix.name for matrix in self._model.matrices]
         with kept(self._model) as weights:
-            for level in levels:
-                for matrix, weight in weights.items():
-                    matrix.write(weight)
-                self._prune(dict.fromkeys((matrix.name for matrix in weights), level), asymmetry, self._windows)
-                pruned.append({matrix: matrix.weight.clone() for matrix in weights})
+            self._prune(dict.fromkeys(names, levels[0]), asymmetry, self._windows)
+            before = {matrix: matrix.weight.clone() for matrix in weights}
+            for matrix, weight in weights.items():
+                matrix.write(weight)
+            self._prune(dict.fromkeys(names, levels[1]), asymmetry, self._windows)
             uniform = self._perplexity("uniform sparsities")
-        parts = attribute(self._model, *pruned, self._held_out, batch_size=self._batch_size)
+            parts = attribute(self._model, before, self._held_out, batch_size=self._batch_size)
         found = {
             "parameter": "sparsities", "levels": levels, "uniform": uniform,
             "rise": math.fsum(parts.values()), "calibration_windows": len(self._windows),

@@ -241,7 +241,9 @@ class Runner:
         self._tokenizer = load_tokenizer(self._source)
         self._texts = texts
         self._evaluation = {
-            text.column: evaluation_windows(text.data, self._tokenizer, seqlen=config.seqlen, limit=text.windows)
+            text.column: evaluation_windows(
+                text.data, self._tokenizer, seqlen=config.seqlen, limit=text.windows, cache_dir=config.cache_dir
+            )
             for text in texts
         }
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
@@ -284,7 +286,7 @@ class Runner:
             "windows", config.held_out, *_windows_of(config),
             measure=lambda: calibration_windows(
                 config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
-                held_out=config.held_out,
+                held_out=config.held_out, cache_dir=config.cache_dir,
             ),
         )  # fmt: skip
         calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]

@@ -45,7 +45,7 @@ def test_structure_is_found(architecture):
     assert all(m.shape[0] > 4 for m in model.matrices)  # the routers' and gates' outputs: four experts, one gate
 
 
-STAYS_DENSE = {"zamba": 0.11}  # the linear maps of its Mamba heads, which lie in parameters of their own
+STAYS_DENSE = {"zamba": 0.15}  # the linear maps of its Mamba heads, which lie in parameters of their own
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

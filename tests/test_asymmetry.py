@@ -7,7 +7,8 @@ from test_sequential import inputs_by_hook
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model
-from lib.pruners.asymmetry import RIDGE, aim
+from lib.pruners.asymmetry import aim
+from lib.pruners.damping import DAMPING
 from lib.sequential import walk
 from lib.stats import InputStats
 from lib.stream import Stream
@@ -74,7 +75,7 @@ def test_aim_is_ridge_regression_on_the_mixed_target(asymmetry):
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((200, 12)), rng.standard_normal((5, 12))
     dense = x @ rng.standard_normal((12, 12)) / 4 + 0.3 * rng.standard_normal((200, 12))
-    ridge = RIDGE * np.square(x).sum() / 12
+    ridge = DAMPING * np.square(x).sum() / 12
     target = ((1 - asymmetry) * x + asymmetry * dense) @ weight.T
     stacked = np.vstack([x, np.sqrt(ridge) * np.eye(12)])
     wanted = np.vstack([target, np.sqrt(ridge) * weight.T])
@@ -113,7 +114,7 @@ def test_the_matrix_that_writes_the_blocks_output_is_aimed_at_it():
         if step.block == block and step.last:
             (matrix,) = step.matrices
             outputs(hf)
-            x, ridge = seen["x"].numpy(), RIDGE * float(seen["x"].square().sum()) / seen["x"].shape[1]
+            x, ridge = seen["x"].numpy(), DAMPING * float(seen["x"].square().sum()) / seen["x"].shape[1]
             stacked = np.vstack([x, np.sqrt(ridge) * np.eye(x.shape[1])])
             target = np.vstack([wanted - (seen["out"] - seen["y"]).numpy(), np.sqrt(ridge) * matrix.weight.numpy().T])
             expected = np.linalg.lstsq(stacked, target, rcond=None)[0].T

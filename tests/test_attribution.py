@@ -7,6 +7,7 @@ from tiny import tiny_model, tiny_tokens
 from lib import LanguageModel, trials
 from lib.attribution import attribute
 from lib.evaluate import perplexity
+from lib.model import kept
 from lib.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
@@ -27,6 +28,12 @@ def moved(model: LanguageModel, by: float, only: str | None = None) -> dict:
     return {m: m.weight + by * noise[m] * (only in (None, m.name)) for m in model.matrices}
 
 
+def attributed(model: LanguageModel, before: dict, after: dict, tokens: torch.Tensor, batch_size: int) -> dict:
+    for m, weight in after.items():
+        m.write(weight)
+    return attribute(model, before, tokens, batch_size=batch_size)
+
+
 def loss_at(model: LanguageModel, weights: dict, tokens: torch.Tensor) -> float:
     before = {m: m.weight.clone() for m in model.matrices}
     for m, weight in weights.items():
@@ -40,12 +47,12 @@ def loss_at(model: LanguageModel, weights: dict, tokens: torch.Tensor) -> float:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "falcon"])
 def test_parts_sum_to_the_change_of_the_loss(architecture):
     model, tokens = smooth(architecture), tiny_tokens()
-    weights = {m.name: m.weight.clone() for m in model.matrices}
     before, after = (moved(model, by) for by in (0.002, 0.004))
-    parts = attribute(model, before, after, tokens, batch_size=2)
     change = loss_at(model, after, tokens) - loss_at(model, before, tokens)
+    half_way = {m.name: (before[m] + after[m]) / 2 for m in model.matrices}
+    parts = attributed(model, before, after, tokens, 2)
     assert sum(parts.values()) == pytest.approx(change, rel=0.02, abs=2e-6)
-    assert all(torch.equal(m.weight, weights[m.name]) for m in model.matrices)
+    assert all(torch.equal(m.weight, half_way[m.name]) for m in model.matrices)
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
 
 
@@ -54,8 +61,9 @@ def test_a_matrix_that_moves_alone_accounts_for_all(architecture):
     model, tokens = smooth(architecture), tiny_tokens()
     for matrix in model.matrices[1::5]:
         before, after = (moved(model, by, matrix.name) for by in (0.0, 0.002))
-        parts = attribute(model, before, after, tokens, batch_size=3)
         change = loss_at(model, after, tokens) - loss_at(model, before, tokens)
+        with kept(model):
+            parts = attributed(model, before, after, tokens, 3)
         assert parts.pop(matrix.name) == pytest.approx(change, rel=0.02, abs=2e-6)
         assert all(part == 0.0 for part in parts.values())
 

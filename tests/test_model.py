@@ -194,18 +194,14 @@ def test_remote_code_needs_permission(tmp_path):
 
 
 @needs_model
-def test_gguf_becomes_an_ordinary_model(tmp_path):
-    source = find_source("smollm2", str(MODEL.parent))
-    model = load_model(source, device="cpu", tokenizer=load_tokenizer(source))
+def test_gguf_becomes_an_ordinary_model(embedded):
+    model = load_model(find_source(str(embedded)), device="cpu")
     assert len(model.blocks) == 30
     assert len(model.matrices) == 210
     assert model.coverage == pytest.approx(0.789, abs=1e-3)
-    model.model.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert getattr(config, "quantization_config", None) is None
-    text = "It's 3,14 café\n\n = x ="
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == model.tokenizer(text).input_ids
+    assert getattr(model.model.config, "quantization_config", None) is None
+    text, tokenizer = "It's 3,14 café\n\n = x =", load_tokenizer(find_source("smollm2", str(MODEL.parent)))
+    assert transformers.AutoTokenizer.from_pretrained(embedded)(text).input_ids == tokenizer(text).input_ids
 
 
 def test_a_pickled_checkpoint_is_not_executed(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from lib import PRUNERS, Pattern, RunError
 from lib.masks import lowest_of_rows
-from lib.pruners import sparsegpt
+from lib.pruners import damping
 from lib.stats import InputStats
 
 
@@ -104,15 +104,15 @@ def test_sparsegpt_retries_are_noted_and_bounded():
     assert len(stats.events) == 1
     hopeless = stats_of(x)
     hopeless.gram.neg_()
-    with pytest.raises(RunError, match="positive definite"):
+    with pytest.raises(RunError, match=r"Cholesky factorisation .* fails"):
         PRUNERS["sparsegpt"].prune(weight, hopeless, 0.5, Pattern())
-    assert len(hopeless.events) == sparsegpt.RETRIES + 1
+    assert len(hopeless.events) == damping.RETRIES + 1
 
 
 def test_the_factor_is_computed_once_for_all_readers(monkeypatch):
     stats, calls = stats_of(correlated_inputs(300, 32)), []
-    cholesky = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a, **k: (calls.append(1), cholesky(*a, **k))[1])
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda *a, **k: (calls.append(1), cholesky(*a, **k))[1])
     for _ in range(3):
         PRUNERS["sparsegpt"].prune(torch.randn(8, 32), stats, 0.5, Pattern())
     assert len(calls) == 1
@@ -225,11 +225,11 @@ def test_alps_has_a_smaller_layer_error_than_sparsegpt_and_wanda(sparsity, patte
 
 def test_refinement_reaches_least_squares_on_the_support():
     """Against the normal equations of each row, solved in float64."""
-    from lib.pruners.alps import decompose, refine
+    from lib.pruners.alps import normalise, refine
 
     x, weight = correlated_inputs(300, 10), torch.randn(6, 10)
     kept = torch.rand(6, 10) > 0.5
-    scale, gram, _, _ = decompose(stats_of(x))
+    scale, gram, _, _ = normalise(stats_of(x))
     dense = weight * scale
     found = refine(dense * kept, dense, gram, kept)  # ten steps for at most ten unknowns a row
     for i in range(6):

@@ -200,8 +200,9 @@ FURTHER = {
             "mamba_d_state": 8,
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
             "use_mamba_kernels": False,
+            "tie_word_embeddings": True,  # without it transformers shares nothing
         },
-        [2, 2 + 1 + 7, 2, 2 + 1 + 7],
+        [2, 2 + 1, 2, 2 + 1 + 7],
     ),
 }
 ARCHITECTURES = CLASSIC | FURTHER

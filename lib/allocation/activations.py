@@ -5,6 +5,7 @@ s = S + mean(keep) - keep, in the manner of OWL, and then exactly to the budget.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .base import Problem, allocation, by_mapping
 from .budget import around
 
 LSA_GROUP = 128  # columns pruned together
+LSA_GROUPS_ON_GPU = 4
 
 
 def _keep_more(problem: Problem, scores: Mapping[str, float], sparsity: float, span: float) -> dict[str, float]:
@@ -59,21 +61,28 @@ def linear_reconstruction_error(weight: Tensor, gram: Tensor) -> float:
 
     weight (out, in), gram X^T X (in, in). Taking w_i besides the weights S already gone adds
     w_i^2 G_ii + 2 w_i sum_{j in S} w_j G_ij to the row's squared error; the least is taken next. Groups do not see
-    each other.
+    each other: on a GPU, whose time goes into launches, a few are done at once.
     """
-    total = 0.0
-    for begin in range(0, weight.shape[1], LSA_GROUP):
-        w = weight[:, begin : begin + LSA_GROUP].float()  # (out, g)
-        g = gram[begin : begin + LSA_GROUP, begin : begin + LSA_GROUP].to(w.device)
-        cost = w.square() * g.diagonal()
-        rows = torch.arange(len(w), device=w.device)
-        for _ in range(w.shape[1] // 2):
-            least = cost.min(1)
-            total += float(least.values.double().sum())
-            taken = least.indices
-            cost += 2 * w * (w[rows, taken, None] * g[taken])
-            cost[rows, taken] = torch.inf
-    return total
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    at_once = LSA_GROUPS_ON_GPU * LSA_GROUP if weight.is_cuda else LSA_GROUP
+    whole = weight.shape[1] // LSA_GROUP * LSA_GROUP  # the last group may be narrower
+    bounds = [*range(0, whole, at_once), whole, weight.shape[1]]
+    for begin, end in pairwise(bounds):
+        width = min(LSA_GROUP, end - begin)
+        if width < 2:
+            continue
+        w = weight[:, begin:end].float().unflatten(1, (-1, width))  # (out, groups, g)
+        within = [gram[i : i + width, i : i + width] for i in range(begin, end, width)]
+        g = torch.stack(within).to(w.device)  # (groups, g, g)
+        cost = w.square() * g.diagonal(dim1=1, dim2=2)
+        group = torch.arange(len(g), device=w.device)
+        for _ in range(width // 2):
+            least = cost.min(2)
+            total += least.values.double().sum()
+            taken = least.indices[..., None]  # (out, groups, 1)
+            cost += 2 * w * (w.gather(2, taken) * g[group, taken[..., 0]])
+            cost.scatter_(2, taken, torch.inf)
+    return float(total)
 
 
 def mean_reconstruction_error(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..errors import RunError
 from ..registry import Registry
 from ..stats import InputStats
 from .budget import S_MAX, round_to_pattern
@@ -118,7 +119,12 @@ def allocate(
     With `group`, the M of N:M, every sparsity is a multiple of 1/M and the mean as close as that allows.
     Matrices held at a bound are noted in `events`. Raises RunError where S cannot be reached within the bounds.
     """
-    solution = ALLOCATIONS[method].solve(problem)
+    entry = ALLOCATIONS[method]
+    try:
+        solution = entry.solve(problem)
+    except RunError as error:
+        evener = f", or for --{entry.options[0]} closer to 0" if entry.options else ""
+        raise RunError(f"--sparsity_ratio {problem.sparsity:g}: {error}; ask for less{evener}") from error
     clamped = [name for name, sparsity in solution.items() if sparsity == S_MAX]
     if clamped and events is not None:
         events.append({"matrix": None, "message": f"held at the largest sparsity {S_MAX}: {', '.join(clamped)}"})

@@ -19,7 +19,7 @@ def fit_budget(
 
     Where nothing clamps this is r_k * S * sum(n) / sum(n_k r_k), the published mapping. What clamping
     takes from some is put back on the others in proportion to r_k n_k, until none is outside.
-    Raises RunError where no c reaches S.
+    Raises RunError where no c reaches S; `allocate` adds which flags to change.
     """
     fixed: dict[str, float] = {}
     budget = sparsity * sum(sizes[name] for name in ratios)
@@ -66,10 +66,7 @@ def _reaching(
     """What was found, unless its mean is not the sparsity."""
     total = sum(sizes[name] for name in found)
     if abs(sum(share * sizes[name] for name, share in found.items()) - sparsity * total) > 1e-9 * total:
-        raise RunError(
-            f"--sparsity_ratio {sparsity:g}: cannot be reached with every matrix between {s_min:g} and {s_max:g}; "
-            "ask for less, or for a smaller --epsilon"
-        )
+        raise RunError(f"cannot be reached with every matrix between {s_min:g} and {s_max:g}")
     return found
 
 

@@ -1,6 +1,6 @@
 """ALPS: one-shot pruning by ADMM on the layer's least squares (Meng et al., NeurIPS 2024, arXiv 2406.07831)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from torch import Tensor
 from ..masks import LowestOfMatrix, Pattern
 from ..stats import InputStats
 from .base import mask_of, pruner
+from .damping import add_damping, damped
 
-RIDGE = 0.01  # of the mean diagonal
 RHO = 0.1  # the first penalty, for a Gram matrix with a unit diagonal
 EVERY, MOST = 3, 300  # iterations between changes of the penalty, and in all
 # The penalty's growth by the share of kept weights that changed since it last grew: the less, the slower.
@@ -18,17 +18,24 @@ STABLE = 0.01  # ADMM ends when no larger share changed
 REFINEMENTS = 10  # conjugate gradient steps on the final support
 
 
-def decompose(stats: InputStats) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale D (in,), G = D^-1 (X^T X + ridge) D^-1 (in, in) with a unit diagonal, and its eigenvalues and eigenvectors.
+def normalise(stats: InputStats) -> tuple[Tensor, ...]:
+    """Scale D (in,), G = D^-1 (X^T X + ridge) D^-1 (in, in) with a unit diagonal; on a CPU its eigenvalues (in,) and
+    eigenvectors (in, in) as well.
 
-    One eigendecomposition serves (G + rho I)^-1 for every rho and every matrix that reads this input.
+    One eigendecomposition serves (G + rho I)^-1 for every rho and every matrix that reads this input. A GPU takes as
+    long for it as for ten inverses by Cholesky, which are more than a matrix has penalties (docs/GPU.md).
     """
-    gram = stats.gram.clone()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    scale = gram.diagonal().sqrt()
-    gram /= scale[:, None] * scale
-    values, vectors = torch.linalg.eigh(gram)
-    return scale, gram, values.clamp(min=0), vectors
+
+    def factorise(ridge: float) -> tuple[Tensor, ...]:
+        gram = add_damping(stats.gram, ridge)
+        scale = gram.diagonal().sqrt()
+        gram /= scale[:, None] * scale
+        if gram.is_cuda:
+            return scale, gram
+        values, vectors = torch.linalg.eigh(gram)
+        return scale, gram, values.clamp(min=0), vectors
+
+    return damped(stats, "eigendecomposition", factorise)
 
 
 @pruner("alps", needs="gram")
@@ -38,12 +45,12 @@ def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -
     ADMM (sections 3.1 and 3.2): B unconstrained, Z with the zeros, V the multiplier of B = Z; the penalty rho grows
     until the support stands still. On that support the weights are then refined by conjugate gradients.
     """
-    scale, gram, values, vectors = (part.to(weight.device) for part in stats.derive(decompose))
+    scale, gram, *spectrum = (part.to(weight.device) for part in stats.derive(normalise))
     dense = weight.float() * scale  # B_0 (out, in), in units in which every input has the same size
     target = dense @ gram
     z, v, rho = dense, torch.zeros_like(dense), RHO
     lowest, before, removed = LowestOfMatrix(), None, None
-    solve = _solver(values, vectors, rho, len(weight))
+    solve = _solver(gram, spectrum, rho, len(weight))
     for iteration in range(MOST):
         b = solve(torch.add(target, z, alpha=rho).sub_(v))
         z = torch.add(b, v, alpha=1 / rho)
@@ -56,18 +63,26 @@ def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -
                 if changed <= STABLE:
                     break
                 rho *= next(growth for share, growth in GROWTH if changed > share)
-                solve = _solver(values, vectors, rho, len(weight))
+                solve = _solver(gram, spectrum, rho, len(weight))
             before = removed
     return (refine(z, dense, gram, ~removed) / scale).masked_fill(removed, 0).to(weight.dtype)
 
 
-def _solver(values: Tensor, vectors: Tensor, rho: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """B -> B (G + rho I)^-1 for B (rows, in): through the inverse where that is less work for EVERY products."""
-    size = len(values)
-    if size < EVERY * rows:
+def _solver(gram: Tensor, spectrum: Sequence[Tensor], rho: float, rows: int) -> Callable[[Tensor], Tensor]:
+    """B -> B (G + rho I)^-1 for B (rows, in). From the spectrum, where there is one, through the inverse where that is
+    less work for EVERY products.
+    """
+    if spectrum and len(gram) >= EVERY * rows:
+        values, vectors = spectrum
+        return lambda right: (right @ vectors / (values + rho)) @ vectors.T
+    if spectrum:
+        values, vectors = spectrum
         inverse = (vectors / (values + rho)) @ vectors.T
-        return lambda right: right @ inverse
-    return lambda right: (right @ vectors / (values + rho)) @ vectors.T
+    else:
+        shifted = gram.clone()
+        shifted.diagonal().add_(rho)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    return lambda right: right @ inverse
 
 
 def refine(z: Tensor, dense: Tensor, gram: Tensor, kept: Tensor) -> Tensor:

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from ..stats import InputStats
-
-RIDGE = 0.01  # of the mean diagonal
+from .damping import add_damping, damped
 
 
 def factor(stats: InputStats) -> Tensor:
     """The lower Cholesky factor of G + ridge, G = X^T X (in, in)."""
-    ridged = stats.gram.clone()
-    ridged.diagonal().add_(RIDGE * ridged.diagonal().mean())
-    return torch.linalg.cholesky(ridged)
+
+    def factorise(ridge: float) -> tuple[Tensor]:
+        return (torch.linalg.cholesky(add_damping(stats.gram, ridge)),)
+
+    return damped(stats, "Cholesky factorisation", factorise)[0]
 
 
 def aim(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:

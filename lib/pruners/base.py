@@ -14,8 +14,10 @@ from ..stats import NEEDS, InputStats
 class Pruner:
     """prune(weight (out, in), stats, sparsity, pattern) -> pruned (out, in), same device and dtype.
 
-    The weight passed in is never changed. `needs` is what the pruner reads of its `InputStats`; with
-    "nothing" no calibration is run and stats is None. `variant` is the pruner that --use_variant selects.
+    The weight passed in is never changed. What `pattern.gone` marks is zero in what comes back and counts towards the
+    sparsity, as `mask_of` sees to; the weight passed in may hold other values there, which the rest makes up for.
+    `needs` is what the pruner reads of its `InputStats`; with "nothing" no calibration is run and stats is None.
+    `variant` is the pruner that --use_variant selects.
     """
 
     prune: Callable[[Tensor, InputStats | None, float, Pattern], Tensor]
@@ -35,10 +37,10 @@ def pruner(name: str, *, needs: str, variant: Pruner | None = None):
     return PRUNERS.register(name, lambda function: Pruner(function, needs, variant))
 
 
-def mask_of(
-    scores: Tensor, sparsity: float, pattern: Pattern, unstructured: Callable[[Tensor, float], Tensor]
-) -> Tensor:
-    """The weights to remove: by `unstructured(scores, sparsity)`, or N of every M where the pattern asks."""
+def mask_of(scores: Tensor, sparsity: float, pattern: Pattern, unstructured: Callable[..., Tensor]) -> Tensor:
+    """The weights to remove, those that are zero already among them: by `unstructured(scores, sparsity, gone)`
+    (lib/masks.py), or N of every M where the pattern asks.
+    """
     if pattern.group is None:
-        return unstructured(scores, sparsity)
-    return lowest_of_groups(scores, pattern.zeros(sparsity), pattern.group)
+        return unstructured(scores, sparsity, pattern.gone)
+    return lowest_of_groups(scores, pattern.zeros(sparsity), pattern.group, pattern.gone)

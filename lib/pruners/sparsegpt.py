@@ -1,45 +1,72 @@
 """SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): pruning with optimal brain surgeon updates."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..errors import RunError
-from ..masks import Pattern, lowest_of_groups, lowest_of_matrix
+from ..graphs import captured
+from ..masks import Pattern, lowest, lowest_of_columns, lowest_of_matrix
 from ..stats import InputStats
-from .base import pruner
+from .base import mask_of, pruner
+from .damping import damped
 
 GROUP = 128  # columns whose mask is chosen together, and between which updates are applied lazily
-DAMPING = 0.01  # of the mean diagonal
-RETRIES = 3
 
 
-def inverse_factor(stats: InputStats) -> tuple[Tensor, Tensor]:
+def inverse_factor(stats: InputStats) -> tuple[Tensor, Tensor | None]:
     """The upper Cholesky factor U of (H + damping)^-1, H = 2 X^T X / tokens, U^T U = H^-1; and dead inputs.
 
-    Returns U (in, in), float32, and a mask (in,) of the inputs that were always zero; these get H_jj = 1.
-    With J the reversal of order and J H J = L L^T, U = J L^-1 J: one Cholesky and one triangular inverse.
-    A Cholesky that fails is tried again with ten times the damping, RETRIES times, each noted in `stats.events`.
+    Returns U (in, in), float32, and a mask (in,) of the inputs that were always zero, None where there is none; these
+    get H_jj = 1. With J the reversal of order and J H J = L L^T, U = J L^-1 J: one Cholesky and one triangular inverse.
     """
     diagonal = stats.gram.diagonal() * (2 / stats.tokens)
     dead = diagonal == 0
     diagonal[dead] = 1
     mean = diagonal.mean()
-    for attempt in range(RETRIES + 1):
-        damping = DAMPING * 10**attempt
+
+    def factorise(damping: float) -> tuple[Tensor]:
         reversed_hessian = stats.gram.flip(0, 1).mul_(2 / stats.tokens)
         reversed_hessian.diagonal().copy_((diagonal + damping * mean).flip(0))
-        lower, info = torch.linalg.cholesky_ex(reversed_hessian)
+        lower = torch.linalg.cholesky(reversed_hessian)
         del reversed_hessian  # each of these is as large as the Gram matrix, and it may be gigabytes
-        if info == 0 and lower.isfinite().all():
-            identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            del lower, identity
-            return inverse.flip(0, 1), dead
-        stats.events.append(f"Cholesky failed with damping {damping:g} of the mean diagonal")
-    raise RunError(
-        f"the Hessian is not positive definite even with damping {damping:g} of its mean diagonal; "
-        "give more calibration data (--nsamples) or prune with wanda"
-    )
+        identity = torch.eye(len(lower), device=lower.device, dtype=lower.dtype)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+        del lower, identity
+        return (inverse.flip(0, 1),)
+
+    return damped(stats, "Cholesky factorisation", factorise)[0], dead if dead.any() else None
+
+
+def dead_first(weight: Tensor, dead: Tensor, sparsity: float, pattern: Pattern) -> Pattern:
+    """The pattern with the weights of dead inputs (in,) among those that go in any case, as far as the sparsity asks
+    for so many: the smallest first.
+    """
+    candidates = dead.expand_as(weight) if pattern.gone is None else dead | pattern.gone
+    sizes = weight.abs().float().masked_fill(~candidates, torch.inf)
+    return replace(pattern, gone=mask_of(sizes, sparsity, pattern, lowest_of_matrix) & candidates)
+
+
+def counts_of_groups(size: int, rows: int, width: int, sparsity: float, gone: Tensor | None) -> list[int]:
+    """Weights to remove from each `width` of the columns, so that the matrix meets its own sparsity.
+
+    Each has its share, unless more of it are gone (in, out), or the later ones could then not be held to theirs.
+    """
+    begins = range(0, size, width)
+    forced = [0] * len(begins)
+    if gone is not None:
+        forced = torch.stack([part.sum() for part in gone.split(width)]).tolist()
+    later = sum(forced)
+    total, removed, counts = max(round(sparsity * rows * size), later), 0, []
+    for begin, least in zip(begins, forced, strict=True):
+        later -= least
+        share = round(sparsity * rows * min(begin + width, size)) - removed
+        counts.append(max(least, min(share, total - removed - later)))
+        removed += counts[-1]
+    return counts
 
 
 @pruner("sparsegpt", needs="gram")
@@ -48,34 +75,83 @@ def sparsegpt(weight: Tensor, stats: InputStats, sparsity: float, pattern: Patte
     right make up for each one's error.
 
     The mask is chosen for GROUP columns at a time over all rows (their count rounded so that the matrix
-    meets its own sparsity), or N of every M as each M begins.
+    meets its own sparsity), or N of every M as each M begins. Weights that are zero already go, and then those of
+    inputs that were always zero.
     """
     factor, dead = stats.derive(inverse_factor)
     factor = factor.to(weight.device)
     columns = weight.t().float().contiguous()  # (in, out): a column of W is a contiguous row here
-    columns[dead.to(weight.device)] = 0
+    if dead is not None:
+        pattern = dead_first(weight, dead.to(weight.device), sparsity, pattern)
+    gone = None if pattern.gone is None else pattern.gone.t().contiguous()  # (in, out)
     rows, size = weight.shape
     step = pattern.group or GROUP
     width = max(GROUP // step, 1) * step
-    removed = 0
+    counts = counts_of_groups(size, rows, width, sparsity, gone)
     for begin in range(0, size, width):
         end = min(begin + width, size)
         part = columns[begin:end]  # (width, out), updated in place
         local = factor[begin:end, begin:end]
-        scale = local.diagonal()[:, None]
-        errors = torch.empty_like(part)
-        mask = torch.zeros_like(part, dtype=torch.bool)
+        here = None if gone is None else gone[begin:end]
         if pattern.group is None:
-            count = round(sparsity * rows * end) - removed
-            removed += count
-            mask = lowest_of_matrix((part / scale).square_(), count / part.numel())
-        for j in range(end - begin):
-            if pattern.group is not None and j % step == 0:
-                group = (part[j : j + step] / scale[j : j + step]).square_()  # (M, out)
-                mask[j : j + step] = lowest_of_groups(group.t().contiguous(), pattern.zeros(sparsity), step).t()
-            error = (part[j] * mask[j]).div_(local[j, j])  # (w_j - q_j) / U_jj, q the pruned column
-            errors[j] = error
-            part[j + 1 :].addr_(local[j, j + 1 :], error, alpha=-1)
-            part[j].masked_fill_(mask[j], 0)
+            scores = (part / local.diagonal()[:, None]).square_()
+            if gone is not None:
+                scores.masked_fill_(here, -torch.inf)
+            mask = lowest(scores.view(1, -1), counts[begin // width]).view_as(part)
+            errors = remove(part, local, mask)
+        else:
+            errors = remove(part, local, None, step, pattern.zeros(sparsity), here)
         columns[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
     return columns.t().to(weight.dtype)
+
+
+def remove(
+    part: Tensor, factor: Tensor, mask: Tensor | None, step: int = 0, zeros: int = 0, gone: Tensor | None = None
+) -> Tensor:
+    """Remove weights from a group of columns, one column after the other, each making up for those before it.
+
+    part (width, out) in place; factor (width, width) the group's part of U; mask (width, out) what to remove, or None:
+    `zeros` of every `step` columns, chosen as these begin, with what is `gone` already. Returns (width, out)
+    (w_j - q_j) / U_jj, q the pruned column. On a GPU all of it is one captured graph: launched one by one, its three
+    kernels a column would take eight times as long (docs/GPU.md).
+    """
+    if not part.is_cuda or gone is not None:
+        mask = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask
+        errors = torch.empty_like(part)
+        _column_by_column(part, factor, mask, errors, step, zeros, gone)
+        return errors
+    own, run = _graph(part.device, *part.shape, 0 if mask is not None else step, zeros)
+    own.part.copy_(part)
+    own.factor.copy_(factor)
+    if mask is not None:
+        own.mask.copy_(mask)
+    run()
+    part.copy_(own.part)
+    return own.errors
+
+
+def _column_by_column(part, factor, mask, errors, step, zeros, gone=None) -> None:
+    scale = factor.diagonal()[:, None]
+    for j in range(len(part)):
+        if step and j % step == 0:
+            group = slice(j, j + step)
+            scores = (part[group] / scale[group]).square_()  # (M, out)
+            mask[group] = lowest_of_columns(scores, zeros, None if gone is None else gone[group])
+        torch.mul(part[j], mask[j], out=errors[j]).div_(factor[j, j])
+        part[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    part.masked_fill_(mask, 0)
+
+
+class _Buffers(NamedTuple):
+    part: Tensor
+    factor: Tensor
+    mask: Tensor
+    errors: Tensor
+
+
+@lru_cache(maxsize=8)  # shapes of a model's matrices
+def _graph(device: torch.device, width: int, rows: int, step: int, zeros: int) -> tuple[_Buffers, Callable[[], None]]:
+    """Tensors and a function that does to them what `_column_by_column` does, captured once."""
+    part, errors = torch.zeros(2, width, rows, device=device)
+    own = _Buffers(part, torch.eye(width, device=device), torch.zeros_like(part, dtype=torch.bool), errors)
+    return own, captured(lambda: _column_by_column(*own, step, zeros), device)

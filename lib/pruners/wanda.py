@@ -13,14 +13,17 @@ def wanda_variant(weight: Tensor, stats: InputStats, sparsity: float, pattern: P
     """Remove from each row the smallest weights whose cumulative score is at most a share a of the row's.
 
     One a for the matrix, such that it meets its own sparsity: the published bisection for a converges to
-    the k-th smallest of all cumulative shares, which is selected here directly.
+    the k-th smallest of all cumulative shares, which is selected here directly. Weights that are zero already go first.
     """
     if pattern.group is not None:
         raise RunError("--use_variant: is defined for --sparsity_type unstructured only")
-    ordered, order = wanda_scores(weight, stats).sort(dim=1)
-    cumulative = ordered.double().cumsum(1)
+    scores = wanda_scores(weight, stats)
+    if pattern.gone is not None:
+        scores.masked_fill_(pattern.gone, -1)  # before the weights of inputs that are always zero
+    ordered, order = scores.sort(dim=1)
+    cumulative = ordered.clamp_(min=0).double().cumsum(1)
     share = cumulative / cumulative[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # (out, in), rising in a row
-    removed = lowest_of_matrix(share, sparsity)
+    removed = lowest_of_matrix(share, sparsity, None if pattern.gone is None else pattern.gone.gather(1, order))
     return weight.masked_fill(torch.zeros_like(removed).scatter_(1, order, removed), 0)
 
 
