@@ -6,8 +6,8 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 import logging
 import sys
 
-from lib import cli, ranks, results
-from lib.analysis import analyze, describe, note, score
+from lib import cli, ranks, results, tokens
+from lib.analysis import analyze, describe, note, score, weigh_bos
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
@@ -46,15 +46,17 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         if config.calibrated:
             windows = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out, cache_dir=config.cache_dir,
+                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
             ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
         if config.eval_wikitext:
             evaluation = evaluation_windows(
-                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, cache_dir=config.cache_dir
-            )
+                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
+                cache_dir=config.cache_dir,
+            )  # fmt: skip
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        watched = calibration if evaluation is None else evaluation
         if config.stream:
             source = results.as_safetensors(source)
             model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
@@ -64,6 +66,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         model.check(config.pattern, calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)
 
+    if watched is not None:
+        log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()
 
@@ -72,6 +76,9 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             return perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}", store=store)
 
     store = results.activation_store(config)
+    if watched is not None and config.add_bos == "once":
+        with clock("evaluate"):
+            described["bos"] = weigh_bos(model, watched, events, store, remember)
     dense = remember("dense", lambda: evaluate("dense")) if config.eval_dense else None
     if dense is not None:
         log.info("perplexity before pruning: %.4f", dense)

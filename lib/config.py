@@ -10,7 +10,7 @@ import torch
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
 from .allocation.budget import S_MAX, S_MIN
-from .data import find_corpus
+from .data import ADD_BOS, find_corpus
 from .errors import RunError
 from .load import choose_device, locate
 from .masks import Pattern
@@ -75,12 +75,15 @@ class RunConfig:
     )
     recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
-    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
+    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
     nsamples: int = _flag(128, "calibration windows")
     seqlen: int | None = _flag(None, "tokens a window (default: 2048, or the model's limit)")
     seed: int = _flag(0, "seed of the calibration windows")
     eval_wikitext: bool = _flag(True, "report perplexity on --eval_data")
-    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, or a path")
+    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, a path, or c4:PATH")
+    add_bos: str = _flag(
+        "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
+    )
     eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
     eval_dense: bool = _flag(False, "also evaluate before pruning")
     eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
@@ -254,6 +257,8 @@ class RunConfig:
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
+        if not self.calibrated and not self.eval_wikitext:
+            unread += ["add_bos"]
         if self.pattern.group is not None:
             unread += ["fisher"]  # N of every M are chosen within a row
         if not self.stream:
@@ -300,6 +305,8 @@ class RunConfig:
             parts.append(f"fisher{self.fisher:g}")
         if self.recover != "none":
             parts.append(f"recover_{self.recover}")
+        if self.add_bos != "once":
+            parts.append(f"bos_{self.add_bos}")
         return "-".join([*parts, f"seed{self.seed}", digest])
 
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
-from . import generation, hub, quantized, ranks
+from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .model import LanguageModel
@@ -154,8 +154,8 @@ def _check_causal(source: Source, config) -> None:
 
 
 def load_tokenizer(source: Source):
-    """The model's tokenizer, fast where there is one."""
-    return _from_pretrained(transformers.AutoTokenizer, source, "tokenizer")
+    """The model's tokenizer, with the tokens of the published protocols."""
+    return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 
 def choose_device(device: str) -> str:

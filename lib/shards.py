@@ -203,12 +203,18 @@ class ShardedModel(LanguageModel):
         return self._device
 
     def load_rest(self) -> None:
-        """Read everything outside the blocks, to stay. Raises RunError where the files lack anything of the model."""
+        """Read everything outside the blocks, to stay. Raises RunError where the files lack anything of the model, and
+        where a block shares any of what is outside.
+        """
+        outside = {alias: name for name in self._rest for alias in self._names(name)}
+        if shared := next((name for name in self._last_block if name in outside), None):
+            raise RunError(
+                f"--stream: {shared} is also {outside[shared]}, outside the blocks, and cannot come and go with its "
+                "block; leave out --stream"
+            )
         self._shards.check(whole=True)
         tied, held = self.model.all_tied_weights_keys or {}, self._shards.holds
-        follow = {
-            target if held(source) else source for target, source in tied.items()
-        }  # what gets its value by the tie
+        follow = {target if held(source) else source for target, source in tied.items()}  # get their value by the tie
         self._shards.read([name for name in self._rest if name not in follow], self._device)
         self.model.tie_weights(missing_keys=set(follow), recompute_mapping=False)
         for module in self.model.modules():  # of buffers that no checkpoint holds, such as rotary frequencies

@@ -108,5 +108,5 @@ def test_c4_cuts_each_window_from_a_document_longer_than_it(tokenizer, monkeypat
     chosen = next(text for text in iter(lambda: documents[random.randint(0, 3)], None) if len(text) > 40)
     assert windows[0].tolist() == first_of[chosen]
     monkeypatch.setattr(data, "C4_MISSES", 50)
-    with pytest.raises(RunError, match="longer than --seqlen 100"):
+    with pytest.raises(RunError, match="longer than 100 tokens"):
         calibration_windows("c4", tokenizer, nsamples=1, seqlen=100, seed=0)

@@ -5,14 +5,15 @@ import torch
 import transformers
 from test_architectures import targets_of
 from test_stream import config_of, tensors_of
-from tiny import tiny_tokens
+from tiny import tiny_model, tiny_tokens
 from transformers import CONFIG_MAPPING
 
-from lib import PRUNERS, LanguageModel, Pattern, find_source, perplexity, prune_model, results
+from lib import PRUNERS, LanguageModel, Pattern, RunError, find_source, perplexity, prune_model, results
 from lib.activations import Store
-from lib.load import load_model, open_model
+from lib.load import load_model, open_model, safetensors_files
 from lib.results import Journal
 from lib.sequential import walk
+from lib.shards import ShardedModel
 from lib.stream import Stream
 
 _ALL = {
@@ -41,14 +42,14 @@ FAMILIES = {
         "mamba_ngroups": 1, "mamba_d_state": 8, "chunk_size": 8, "num_mem_blocks": 2, "adapter_rank": 4,
         "layers_block_type": ["mamba", "hybrid", "hybrid", "hybrid", "hybrid"], "use_shared_attention_adapter": True,
     },
-    "dory": {
+    "dory": {  # a layer called again, with what the first one gave added
         **_LLAMA,
         "num_hidden_layers": 3,
         "n_input_layers": 1,
         "n_recurrent_layers": 1,
         "n_output_layers": 1,
         "n_recurrent_loops": 2,
-    },  # layers called again, with what the first ones gave added
+    },
     # layers that choose tokens for those after them
     "hy_v4": {**_LLAMA, **_INDEXED, **_MOE, **_TOKENS, "num_hidden_layers": 4},
     "glm_moe_dsa": {**_LLAMA, **_INDEXED, **_MOE, "num_hidden_layers": 4, "pad_token_id": None},
@@ -161,3 +162,14 @@ def test_the_projection_that_mamba_reads_without_a_call_has_statistics():
     model, events = LanguageModel(family("mamba")), []
     prune_model(model, PRUNERS["wanda"], targets_of(model), Pattern(), tiny_tokens(), batch_size=4, events=events)
     assert not events
+
+
+def test_what_a_block_shares_with_the_rest_is_refused_when_streamed(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    streamed = open_model(find_source(str(tmp_path / "model")), "cpu")
+    streamed.model.model.norm.weight = streamed.model.model.layers[1].input_layernorm.weight
+    streamed = ShardedModel(streamed.model, safetensors_files(find_source(str(tmp_path / "model"))), "tiny")
+    with pytest.raises(
+        RunError, match=r"--stream: model\.layers\.1\.input_layernorm\.weight is also model\.norm\.weight"
+    ):
+        streamed.load_rest()

@@ -23,6 +23,7 @@ from ..model import LanguageModel
 from ..storage import as_saved, settle
 from .card import model_card
 from .files import remove, share, write_text
+from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def write_model(model: LanguageModel, state: dict[str, Tensor], folder: Path, **
         log.warning("%s", why)
     inner.save_pretrained(folder, state_dict=state, **options)
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        save_tokenizer(model.tokenizer, folder)
 
 
 def complete(folder: Path) -> None:

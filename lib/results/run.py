@@ -235,6 +235,12 @@ def _pruning_lines(record: dict) -> list[str]:
         name = f"perplexity, {Path(perplexity['dataset']).name}"
         lines.append(f"{name[:28]:28}{dense:>10}{perplexity['pruned']:>10.3f}")
         lines.append(f"{'  (lower is better)':28}")
+    if (bos := model.get("bos")) and bos["helps"]:
+        lines += [
+            "",
+            f"Without BOS in front of every window these perplexities mean little: the model's loss on one is "
+            f"{bos['loss_without_bos']:.3f}, with BOS {bos['loss_with_bos']:.3f}. Give --add_bos every.",
+        ]
     return lines
 
 
