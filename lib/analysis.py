@@ -47,8 +47,8 @@ def describe(model: LanguageModel, events: list[dict], source: Source) -> dict:
     )  # fmt: skip
     for message in model.notes:
         note(events, message)
-    if model.uncovered:
-        note(events, f"left dense, of no known kind: {', '.join(model.uncovered)}")
+    if model.stays_dense:
+        note(events, model.stays_dense)
     return described
 
 

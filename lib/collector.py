@@ -4,7 +4,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
-from .model import Matrix, matrix_inputs
+from .model import Matrix, keeps_tokens, matrix_inputs
 from .products import Products
 from .stats import InputStats
 
@@ -26,13 +26,15 @@ class Collector:
         self.needs, self.cross, self._whole = needs, cross, whole
         self.stats: dict[str, InputStats] = {}
         self._matrices = matrices
-        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
-        self._modules = list(dict.fromkeys(m.module for m in matrices))
+        self._of_module = {m.module: [] for m in matrices}
+        for matrix in matrices:
+            self._of_module[matrix.module].append(matrix)
+        self._modules = list(self._of_module)
         self._reached: set[nn.Module] = set()
         self._uncalled: list[Matrix] = []  # whose matrices are read all the same
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
-        self._dense: dict[nn.Module, Tensor] = {}  # what each module reads of the current batch in the dense model
+        self._dense: dict[nn.Module, Tensor | None] = {}  # what each module reads of this batch in the dense model
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
@@ -43,7 +45,8 @@ class Collector:
         """
 
         def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._dense[of_twin[module]] = (*args, *kwargs.values())[0]
+            again = of_twin[module] in self._dense  # of experts called one by one: which of them, is not known
+            self._dense[of_twin[module]] = None if again else (*args, *kwargs.values())[0]
             if of_twin[module] is self._last and not whole:
                 raise StopForward
 
@@ -98,12 +101,14 @@ class Collector:
         self._reached.add(module)
         dense = self._dense.get(module)
         # The dense model's input goes where the pruned one's is routed.
-        paired = None if dense is None else matrix_inputs(module, (dense, *(*args, *kwargs.values())[1:]), {})
-        for parameter, expert, x in matrix_inputs(module, args, kwargs):
-            x_dense = None if paired is None else next(paired)[2]
-            name = self._names.get((module, parameter, expert))
-            if name is not None and x.numel():
-                self._add(name, x, x_dense)
+        matrices = self._of_module[module]
+        rest = (*args, *kwargs.values())[1:]
+        paired = {}
+        if dense is not None and keeps_tokens(matrices, rest):
+            paired = dict(matrix_inputs(matrices, (dense, *rest), {}))
+        for matrix, x in matrix_inputs(matrices, args, kwargs):
+            if x.numel():
+                self._add(matrix.name, x, paired.get(matrix))
         if module is self._last and not self._whole and len(self._order) == len(self._modules):
             raise StopForward
 

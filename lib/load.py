@@ -122,7 +122,8 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
 
 def load_config(source: Source):
     """The model's configuration, read once (a GGUF file takes seconds); where the weights are quantised, one that has
-    them dequantised. Raises RunError for an adapter, and for weights whose quantisation cannot be undone.
+    them dequantised. Raises RunError for what is no causal LM, for an adapter, and for weights whose quantisation
+    cannot be undone.
     """
     file = Path(source.path) / (source.gguf or "config.json")
     return _read_config(source, file.stat().st_mtime_ns if file.is_file() else None)
@@ -133,7 +134,23 @@ def _read_config(source: Source, _changed: int | None):
     if not source.gguf and beside(source, ADAPTER[0]):
         raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
+    _check_causal(source, config)
     return config if source.gguf else quantized.dequantizing(config, source.name)
+
+
+def _check_causal(source: Source, config) -> None:
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    made = "".join(f", made for {name}" for name in (getattr(config, "architectures", None) or [])[:1])
+    if config.is_encoder_decoder:
+        raise RunError(
+            f"--model {source.name}: an encoder-decoder ({type(config).__name__}{made}); only causal LMs are pruned"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunError(
+            f"--model {source.name}: no causal LM to transformers' AutoModelForCausalLM "
+            f"({type(config).__name__}{made}); only causal LMs are pruned"
+        )
 
 
 def load_tokenizer(source: Source):

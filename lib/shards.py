@@ -187,8 +187,8 @@ class ShardedModel(LanguageModel):
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
-        inside = {index: f"{self.prefix}.{index}." for index in range(len(self.blocks))}
-        self._inside = {i: [name for name in state if name.startswith(start)] for i, start in inside.items()}
+        inside = [tuple(name for name in state if name.startswith(f"{block}.")) for block in self.block_names]
+        self._inside = dict(enumerate(map(list, inside)))
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -196,7 +196,7 @@ class ShardedModel(LanguageModel):
         self._aliases = {name: found for found in names.values() if len(found) > 1 for name in found}
         blocks = {name: index for index, held in self._inside.items() for name in held}
         self._last_block = {name: max(blocks.get(n, -1) for n in self._names(name)) for name in blocks}
-        self._rest = [name for name in state if not name.startswith(f"{self.prefix}.")]
+        self._rest = sorted({*state}.difference(*inside), key=state.index)
 
     @property
     def device(self) -> torch.device:
