@@ -43,9 +43,10 @@ class Store:
 
 
 class Activations:
-    """One hidden state (B, S, d) a batch, appended in order, read on the model's device and replaced in place.
+    """One hidden state (B, S, d) a batch, appended in order and replaced in place.
 
-    Without a store they stay where they are made; with one they lie on the host.
+    Without a store they stay where they are made: with the block that they come from. With one they lie on the host, and
+    are read on the model's device.
     """
 
     def __init__(self, device: torch.device, windows: int, store: Store | None):
@@ -79,7 +80,8 @@ class Activations:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._batches[index].to(self._device)
+        batch = self._batches[index]
+        return batch if self._store is None else batch.to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

@@ -24,11 +24,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+TOTAL = 80 << 30  # bytes of a GPU
 
 # Operators that the host waits for on a GPU, and what people call them.
 WAITS = {
@@ -59,7 +59,14 @@ def line() -> str:
 
 
 def tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [tensor for part in tree for tensor in tensors(part)]
 
 
 def _fresh(tensor: Tensor, among: list[Tensor]) -> bool:
@@ -76,8 +83,8 @@ class PretendedGPUs:
     live   device -> bytes that tensors claim; `peak` the most so far
     """
 
-    def __init__(self, count: int, memory: int):
-        self.count, self.memory = count, memory
+    def __init__(self, count: int, free: int):
+        self.count, self.free = count, free
         self.waits, self.moved = Counter(), Counter()
         self.live, self.peak = Counter(), Counter()
         self.current = 0
@@ -203,6 +210,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._gpus = gpus
         self._own = {
+            torch.device: self._device,
             Tensor.device.__get__: gpus.of,
             Tensor.is_cuda.__get__: lambda x: gpus.of(x).type == "cuda",
             Tensor.is_cpu.__get__: lambda x: gpus.of(x) == CPU,
@@ -217,6 +225,7 @@ class _Functions(TorchFunctionMode):
                 Tensor.new_tensor, kwargs.pop("device", gpus.of(x)), (x, *args), kwargs
             ),
             Tensor.__deepcopy__: lambda x, memo: self._made(Tensor.__deepcopy__, gpus.of(x), (x, memo), {}),
+            Tensor.backward: self._backward,
             Tensor.pin_memory: lambda x, *_: self._pinned(x.clone()),
             Tensor.is_pinned: lambda x, *_: getattr(x.untyped_storage(), "pinned", False),
         }
@@ -231,6 +240,9 @@ class _Functions(TorchFunctionMode):
                 self._gpus.wait("copy from the host")
             return out
         return func(*args, **kwargs)
+
+    def _device(self, *args, **kwargs) -> torch.device:
+        return self._gpus.device(args[0]) if len(args) == 1 and isinstance(args[0], int) else torch.device(*args, **kwargs)
 
     def _made(self, func, device, args: tuple, kwargs: dict):
         """A function's result, made on the device."""
@@ -284,6 +296,10 @@ class _Functions(TorchFunctionMode):
             out.register_hook(back)
         return out
 
+    def _backward(self, x: Tensor, gradient=None, *args, **kwargs) -> None:
+        with self:  # for what is computed again on the way back
+            torch.autograd.backward(x, gradient, *args, **kwargs)
+
     def _on_host(self, func, x: Tensor, *args, **kwargs):
         if self._gpus.of(x) != CPU:
             raise TypeError(f"can't convert {self._gpus.of(x)} device type tensor to numpy, at {line()}")
@@ -316,13 +332,16 @@ class Graph:
             out = None if not func._schema.returns else written[0] if len(written) == 1 else tuple(written)
         else:
             out = func(*args, **kwargs)
-        self._steps.append((func, args, kwargs, out))
+        made = [tensor for tensor in tensors(out) if _fresh(tensor, tensors((args, kwargs)))]
+        if made or written:  # else it is a view, which stays one
+            self._steps.append((func, args, kwargs, made))
         return out
 
     def replay(self) -> None:
-        for func, args, kwargs, out in self._steps:
-            for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if _fresh(new, [old]):
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # devices were compared at the capture
+            for func, args, kwargs, made in self._steps:
+                out = func(*args, **kwargs)
+                for old, new in zip(made, tensors(out) if made else (), strict=True):
                     old.copy_(new)
 
 
@@ -353,7 +372,7 @@ def _cuda(gpus: PretendedGPUs) -> dict[str, object]:
 
     def properties(given=None):
         return types.SimpleNamespace(
-            name=get_name(given), total_memory=gpus.memory, major=9, minor=0, multi_processor_count=132
+            name=get_name(given), total_memory=TOTAL, major=9, minor=0, multi_processor_count=132
         )
 
     def get_name(given=None) -> str:
@@ -376,7 +395,7 @@ def _cuda(gpus: PretendedGPUs) -> dict[str, object]:
         "device_count": lambda: gpus.count, "current_device": lambda: gpus.current, "set_device": set_current,
         "device": inside, "get_device_name": get_name, "get_device_properties": properties,
         "get_device_capability": lambda given=None: (9, 0), "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda given=None: (gpus.memory - gpus.live[gpus.device(given)], gpus.memory),
+        "mem_get_info": lambda given=None: (gpus.free - gpus.live[gpus.device(given)], TOTAL),
         "memory_allocated": lambda given=None: gpus.live[gpus.device(given)],
         "memory_reserved": lambda given=None: gpus.live[gpus.device(given)],
         "max_memory_allocated": lambda given=None: gpus.peak[gpus.device(given)],
@@ -400,9 +419,9 @@ def _forget_what_is_cached() -> None:
 
 
 @contextlib.contextmanager
-def pretended_gpus(count: int = 1, memory: int = 80 << 30) -> Iterator[PretendedGPUs]:
-    """While there are so many GPUs with so many bytes of memory each."""
-    gpus, autocast = PretendedGPUs(count, memory), torch.amp.autocast_mode.autocast
+def pretended_gpus(count: int = 1, free: int = TOTAL) -> Iterator[PretendedGPUs]:
+    """While there are so many GPUs of TOTAL bytes, so many of them free on each."""
+    gpus, autocast = PretendedGPUs(count, free), torch.amp.autocast_mode.autocast
     entered = autocast.__init__
 
     def on_cpu(self, device_type, *args, **kwargs) -> None:
@@ -411,7 +430,7 @@ def pretended_gpus(count: int = 1, memory: int = 80 << 30) -> Iterator[Pretended
     accelerator = {
         "is_available": lambda: True, "device_count": lambda: count, "empty_cache": lambda: None,
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
-        "current_device_index": lambda: gpus.current,
+        "current_device_index": lambda: gpus.current, "current_stream": _Stream,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are a thread's own
