@@ -225,7 +225,6 @@ class _Functions(TorchFunctionMode):
                 Tensor.new_tensor, kwargs.pop("device", gpus.of(x)), (x, *args), kwargs
             ),
             Tensor.__deepcopy__: lambda x, memo: self._made(Tensor.__deepcopy__, gpus.of(x), (x, memo), {}),
-            Tensor.backward: self._backward,
             Tensor.pin_memory: lambda x, *_: self._pinned(x.clone()),
             Tensor.is_pinned: lambda x, *_: getattr(x.untyped_storage(), "pinned", False),
         }
@@ -295,10 +294,6 @@ class _Functions(TorchFunctionMode):
         if out.requires_grad and out.grad_fn is not None:
             out.register_hook(back)
         return out
-
-    def _backward(self, x: Tensor, gradient=None, *args, **kwargs) -> None:
-        with self:  # for what is computed again on the way back
-            torch.autograd.backward(x, gradient, *args, **kwargs)
 
     def _on_host(self, func, x: Tensor, *args, **kwargs):
         if self._gpus.of(x) != CPU:
@@ -427,6 +422,12 @@ def pretended_gpus(count: int = 1, free: int = TOTAL) -> Iterator[PretendedGPUs]
     def on_cpu(self, device_type, *args, **kwargs) -> None:
         entered(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
+    go_back = torch.autograd._engine_run_backward
+
+    def backward(*args, **kwargs):
+        with _Functions(gpus):  # torch's own functions run without: here blocks are run again
+            return go_back(*args, **kwargs)
+
     accelerator = {
         "is_available": lambda: True, "device_count": lambda: count, "empty_cache": lambda: None,
         "current_accelerator": lambda check_available=False: torch.device("cuda"),
@@ -435,6 +436,7 @@ def pretended_gpus(count: int = 1, free: int = TOTAL) -> Iterator[PretendedGPUs]
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are a thread's own
         stack.enter_context(patch.object(autocast, "__init__", on_cpu))
+        stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(patch.multiple(torch.accelerator, **accelerator))
         stack.enter_context(patch.multiple(torch.cuda, **_cuda(gpus)))
         stack.callback(_forget_what_is_cached)

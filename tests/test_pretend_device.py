@@ -118,8 +118,8 @@ STEPS = {
     "streaming": functools.partial(streamed, pruner="wanda"),
     "streaming, asymmetry and recovery": functools.partial(streamed, pruner="sparsegpt", asymmetry=0.5, recovery=True),
 }
-# Share of a mask, and of numbers, by which a GPU may differ: ALPS stops when few weights change, and rounding decides.
-ROUNDING = {"alps": (0.05, 0.02), "alps 2:4": (0.05, 0.02)}
+# Share of a mask, and of numbers, by which a GPU may differ: ALPS's iterations amplify rounding (docs/GPU.md).
+ROUNDING = {"alps": (0.1, 0.05), "alps 2:4": (0.1, 0.05)}
 
 
 @pytest.fixture(scope="module")
