@@ -24,6 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,9 @@ TOTAL = 80 << 30  # bytes of a GPU
 # Operators that the host waits for on a GPU, and what people call them.
 WAITS = {
     "_local_scalar_dense": "item", "nonzero": "nonzero", "masked_select": "masked_select", "equal": "equal",
-    "_linalg_check_errors": "linalg's check for errors", "bincount": "bincount", "repeat_interleave": "repeat_interleave",
-    "_unique2": "unique", "unique_dim": "unique", "unique_consecutive": "unique",
+    "_linalg_check_errors": "linalg's check for errors", "_linalg_eigh": "linalg's check for errors",
+    "_linalg_svd": "linalg's check for errors", "bincount": "bincount",
+    "repeat_interleave": "repeat_interleave", "_unique2": "unique", "unique_dim": "unique", "unique_consecutive": "unique",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -100,7 +102,9 @@ class PretendedGPUs:
 
     def device(self, given) -> torch.device:
         """The device that is meant by a name, a number, a device or None."""
-        device = torch.device("cuda", given) if isinstance(given, int) else torch.device("cuda" if given is None else given)
+        device = (
+            torch.device("cuda", given) if isinstance(given, int) else torch.device("cuda" if given is None else given)
+        )
         return torch.device("cuda", self.current) if device.type == "cuda" and device.index is None else device
 
     def of(self, tensor: Tensor) -> torch.device:
@@ -136,7 +140,9 @@ class PretendedGPUs:
             raise CaptureError(f"{what} while a graph is captured, at {line()}")
         self.waits[line(), what] += 1
 
-    def move(self, tensor: Tensor, target: torch.device, non_blocking: bool = False, host: Tensor | None = None) -> None:
+    def move(
+        self, tensor: Tensor, target: torch.device, non_blocking: bool = False, host: Tensor | None = None
+    ) -> None:
         """Count a copy of a tensor to another device; `host` is the side of it that lies on the host."""
         source = self.of(tensor)
         self.moved[line(), f"{source}->{target}"] += tensor.nbytes
@@ -217,7 +223,9 @@ class _Functions(TorchFunctionMode):
             Tensor.get_device: lambda x: -1 if gpus.of(x).index is None else gpus.of(x).index,
             Tensor.to: self._to,
             Tensor.cpu: lambda x, *_, **__: self._moved(x, CPU, x),
-            Tensor.cuda: lambda x, device=None, non_blocking=False: self._moved(x, gpus.device(device), x, non_blocking),
+            Tensor.cuda: lambda x, device=None, non_blocking=False: self._moved(
+                x, gpus.device(device), x, non_blocking
+            ),
             Tensor.numpy: partial(self._on_host, Tensor.numpy),
             Tensor.__array__: partial(self._on_host, Tensor.__array__),
             Tensor.tolist: self._tolist,
@@ -241,7 +249,9 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _device(self, *args, **kwargs) -> torch.device:
-        return self._gpus.device(args[0]) if len(args) == 1 and isinstance(args[0], int) else torch.device(*args, **kwargs)
+        return (
+            self._gpus.device(args[0]) if len(args) == 1 and isinstance(args[0], int) else torch.device(*args, **kwargs)
+        )
 
     def _made(self, func, device, args: tuple, kwargs: dict):
         """A function's result, made on the device."""
@@ -437,6 +447,8 @@ def pretended_gpus(count: int = 1, free: int = TOTAL) -> Iterator[PretendedGPUs]
         stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are a thread's own
         stack.enter_context(patch.object(autocast, "__init__", on_cpu))
         stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", backward))
+        # What is computed again would be compared with what C++ said of its device.
+        stack.enter_context(patch.dict(checkpoint._allowed_determinism_checks_to_fns, default=lambda _: None))
         stack.enter_context(patch.multiple(torch.accelerator, **accelerator))
         stack.enter_context(patch.multiple(torch.cuda, **_cuda(gpus)))
         stack.callback(_forget_what_is_cached)
