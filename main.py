@@ -56,7 +56,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
             model.load_rest()
         else:
-            model = load_model(source, config.device, config.dtype, tokenizer)
+            tokens = 0 if calibration is None else calibration.numel()
+            model = load_model(
+                source, config.device, config.dtype, tokenizer, tokens=tokens, copies=int(config.held_out > 0)
+            )
         model.check(config.pattern, calibration, evaluation)
         described, batch = describe(model, events), config.batch(seqlen)
 

@@ -45,7 +45,7 @@ class Store:
 class Activations:
     """One hidden state (B, S, d) a batch, appended in order and replaced in place.
 
-    Without a store they stay where they are made: with the block that they come from. With one they lie on the host, and
+    Without a store they stay where they are made, with the block that they come from; with one they lie on the host and
     are read on the model's device.
     """
 

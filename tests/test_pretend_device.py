@@ -7,13 +7,29 @@ import torch
 from pretend_device import CaptureError, MixedDevicesError, pretended_gpus
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
-from lib import PRUNERS, LanguageModel, Pattern, find_source, layer_quality, perplexity, prune_model, results
+from lib import (
+    PRUNERS,
+    LanguageModel,
+    Pattern,
+    RunConfig,
+    RunError,
+    cli,
+    find_source,
+    layer_quality,
+    perplexity,
+    prune_model,
+    results,
+)
 from lib.activations import Store
 from lib.fisher import row_fisher, row_weights
 from lib.graphs import captured
 from lib.load import load_model, open_model
-from lib.pruners import alps
+from lib.placement import room
+from lib.precision import float32_products
+from lib.pruners import Pruner, alps
 from lib.quality import allocation_scores
+from lib.results.run import environment
+from lib.stopwatch import Stopwatch
 from lib.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("exact_gradients", "short_alps")
@@ -31,6 +47,61 @@ def layers(architecture: str, count: int) -> dict:
 def short_alps(monkeypatch):
     """Less to wait for, and less for rounding to add up in."""
     monkeypatch.setattr(alps, "MOST", 4 * alps.EVERY)
+
+
+# --- the pretended GPUs themselves ---------------------------------------------------------------------------------
+
+
+def test_devices_do_not_mix():
+    with pretended_gpus(2) as gpus:
+        one, other = torch.ones(3, device="cuda:1"), torch.ones(3, device="cuda")
+        for pair in ((one, other), (one, torch.ones(3))):
+            with pytest.raises(MixedDevicesError, match="add of tensors on several devices"):
+                torch.add(*pair)
+        with pytest.raises(TypeError, match="numpy"):
+            one.numpy()
+        assert str((one + torch.tensor(2.0)).device) == "cuda:1"  # of a number nobody asks where it lies
+        assert one[1:].is_cuda
+        assert not one.cpu().is_cuda
+        assert str(other.to(one).device) == "cuda:1"
+        assert gpus.live[torch.device("cuda", 0)] == 12
+    assert str(torch.ones(3).device) == "cpu"
+
+
+def test_waits_and_moves_are_counted():
+    with pretended_gpus() as gpus:
+        x = torch.arange(4.0, device="cuda")
+        pinned = torch.ones(4).pin_memory().to("cuda", non_blocking=True)
+        assert not gpus.waits
+        assert (x + pinned).sum().item() == 10
+        x[x > 1].cpu()
+        assert [what for _, what in gpus.waits] == ["item", "indexing by a mask", "copy to the host"]
+        assert gpus.moved == {("outside", "cpu->cuda:0"): 16, ("outside", "cuda:0->cpu"): 8}
+
+
+def test_gradients_come_back_to_where_they_belong():
+    with pretended_gpus(2):
+        weight = torch.ones(3, device="cuda:0", requires_grad=True)
+        ((2 * weight).to("cuda:1") * torch.full((3,), 5.0, device="cuda:1")).sum().backward()
+        assert str(weight.grad.device) == "cuda:0"
+        assert weight.grad.tolist() == [10.0] * 3
+
+
+def test_a_graph_does_nothing_before_it_is_replayed():
+    with pretended_gpus():
+        x = torch.zeros(3, device="cuda")
+
+        def more() -> None:
+            x.add_(x.square() + 1)
+
+        run = captured(more, x.device)
+        assert x.tolist() == [1.0] * 3  # of warming up
+        run()
+        assert x.tolist() == [3.0] * 3
+        run()
+        assert x.tolist() == [13.0] * 3
+        with pytest.raises(CaptureError):
+            captured(lambda: x.sum().item(), x.device)
 
 
 # --- results are the CPU's -------------------------------------------------------------------------------------------
@@ -90,8 +161,6 @@ def streamed(model: LanguageModel, tmp_path, pruner: str, **options) -> dict:
 
 
 def results_config(tmp_path, device: str):
-    from lib import RunConfig
-
     return RunConfig(
         model=str(tmp_path / "model"), prune_method="wanda", sparsity_ratio=0.5, stream=True, seqlen=24, device=device,
         save=str(tmp_path / "out"), save_model=str(tmp_path / "pruned"), cache_dir=str(tmp_path / "cache"),
@@ -267,3 +336,122 @@ def test_waits(scenario, monkeypatch):
         f'"{scenario}": {found}, (a run, block, matrix, batch, batch in a block) is not in WAITS; where a Llama of two '
         f"blocks waits in a run of two batches:\n{lines}"
     )
+
+
+# --- what a GPU brings with it ---------------------------------------------------------------------------------------
+
+
+def on(device: str, architecture: str = "llama") -> LanguageModel:
+    return LanguageModel(tiny_model(architecture, **layers(architecture, 1)).to(device))
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.linalg.LinAlgError("not positive-definite"), RuntimeError("cusolver error: 7")]
+)
+@pytest.mark.parametrize(("pruner", "function"), [("sparsegpt", "cholesky"), ("alps", "cholesky")])
+def test_a_failing_factorisation_names_the_matrix(pruner, function, failure, monkeypatch):
+    def fail(*_, **__):
+        raise failure
+
+    with pretended_gpus():
+        model = on("cuda")
+        monkeypatch.setattr(torch.linalg, function, fail)
+        with pytest.raises(RunError, match=r"^model\.layers\.0\.self_attn\.q_proj: .*(Cholesky|definite|cusolver)"):
+            prune_model(model, PRUNERS[pruner], targets(model), Pattern(), tiny_tokens(), batch_size=4)
+
+
+def test_time_and_names_are_those_of_the_devices_in_use():
+    with pretended_gpus(3) as gpus:
+        model = on("cuda:1")
+        gpus.start_counting()
+        with Stopwatch()("stage"):
+            pass
+        assert {what for _, what in gpus.waits} == {"synchronize cuda:1"}
+        described = model.describe()
+        assert (described["device"], environment(described)["device_name"]) == ("cuda:1", "Pretended 1")
+        model.model.lm_head.to("cuda:2")
+        gpus.start_counting()
+        with Stopwatch()("stage"):
+            pass
+        assert {what for _, what in gpus.waits} == {"synchronize cuda:1", "synchronize cuda:2"}
+        described = model.describe()
+        assert environment(described)["device"] == "cuda:1, cuda:2"
+        assert environment(described)["device_name"] == "Pretended 1, Pretended 2"
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "line"),
+    [
+        (3, "auto", "--device auto: 3 processes for the 2 GPUs of this machine; start 2"),
+        (2, "cuda:1", "--device cuda:1: several processes take a GPU each; give auto, cuda or cpu"),
+    ],
+)
+def test_processes_without_a_gpu_each_end_in_one_line(processes, device, line, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    flags = [
+        "--model",
+        "x/y",
+        "--prune_method",
+        "wanda",
+        "--sparsity_ratio",
+        "0.5",
+        "--calib_data",
+        "pydoc",
+        "--eval_data",
+        "pydoc",
+    ]
+    with pretended_gpus(2):
+        for rank in range(processes):
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            assert cli.main(lambda _: "", [*flags, "--device", device]) == 2
+    assert capsys.readouterr().err == f"main.py: error: {line}\n"
+
+
+@pytest.mark.parametrize("ask", ["high", "medium", "its other interface", "nothing"])
+def test_gram_matrices_are_never_in_tf32(ask):
+    seen, matmul = [], torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    spy = Pruner(
+        lambda weight, *_: seen.append((torch.get_float32_matmul_precision(), matmul.allow_tf32)) or weight, "gram"
+    )
+    try:
+        if ask in ("high", "medium"):
+            torch.set_float32_matmul_precision(ask)
+        elif ask != "nothing":
+            matmul.fp32_precision = "tf32"
+        asked = float32_products()
+        model = on("cpu")
+        prune_model(model, spy, targets(model), Pattern(), tiny_tokens(), batch_size=4)
+        assert set(seen) == {("highest", False)}
+        assert float32_products() == asked  # the program's own wish is its own again
+        assert environment(model.describe())["float32_products"] == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
+
+
+def test_a_model_is_spread_only_where_it_does_not_fit(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    source, empty = find_source(str(tmp_path / "model")), LanguageModel(tiny_model("llama"))
+    size = sum(parameter.nbytes for parameter in empty.model.parameters())
+
+    def devices(free: int, **needs) -> list[str]:
+        with pretended_gpus(2, free):
+            return [str(device) for device in load_model(source, "auto", "float32", **needs).devices]
+
+    enough = size + room(empty, 100, 1)
+    assert room(empty, 100, 1) - room(empty, 0, 0) == 2 * 4 * 100 * 32 + 4 * empty.prunable_parameters
+    assert devices(enough, tokens=100, copies=1) == ["cuda:0"]
+    assert devices(enough, tokens=1000, copies=1) == ["cuda:0", "cuda:1"]
+    assert devices(enough - 1, tokens=100, copies=1) == ["cuda:0", "cuda:1"]
+
+
+def test_hidden_states_stay_with_their_block(folder_of, tmp_path):
+    model_bytes = sum(parameter.nbytes for parameter in tiny_model("llama", **layers("llama", 2)).parameters())
+    with pretended_gpus(2, int(ON_TWO * model_bytes)) as gpus:
+        model = load_model(find_source(str(folder_of("llama") / "model")), "cuda", "float32")
+        gpus.start_counting()
+        prune_model(model, PRUNERS["wanda"], targets(model), Pattern(), tiny_tokens(), batch_size=4)
+        back = {line: size for (line, kind), size in gpus.moved.items() if kind == "cuda:1->cuda:0"}
+        assert sum(back.values()) < 4 * 24 * 32 * 4, back  # positions and the probe, less than one batch's hidden state
