@@ -116,7 +116,8 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
         ranks.leave()
     except RunError as error:
         who = "" if ranks.size() == 1 else f" on rank {ranks.rank()}"
-        print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         print(f"main.py: error: out of GPU memory; try --batch_size 1 ({str(error).split('.')[0]})", file=sys.stderr)

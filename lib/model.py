@@ -121,6 +121,12 @@ class LanguageModel:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """All that the model lies on."""
+        found = {parameter.device for parameter in self.model.parameters() if not parameter.is_meta}
+        return sorted(found or {self.device}, key=str)
+
     def matrices_of(self, block: int) -> list[Matrix]:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
@@ -223,7 +229,7 @@ class LanguageModel:
             "prunable_parameters": self.prunable_parameters,
             "coverage": self.coverage,
             "blocks": len(self.blocks),
-            "device": str(self.device),
+            "device": ", ".join(map(str, self.devices)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "uncovered": self.uncovered,
             "dense_share": self.dense_share,

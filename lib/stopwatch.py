@@ -23,7 +23,9 @@ class Stopwatch:
             yield
         finally:
             if torch.cuda.is_available() and torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+                for index in range(torch.cuda.device_count()):
+                    if torch.cuda.memory_reserved(index):  # the others are none of ours
+                        torch.cuda.synchronize(index)
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begin
 
     def seconds(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Factorisations of Gram matrices with a damped diagonal, tried again with more damping where they fail."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
     """
     for attempt in range(RETRIES + 1):
         damping = DAMPING * 10**attempt
-        with suppress(torch.linalg.LinAlgError):
+        with suppress(torch.linalg.LinAlgError), one_kind_of_failure():
             found = factorise(damping)
             if all(part.isfinite().all() for part in found):
                 return found
@@ -30,6 +30,17 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
         f"the {what} of its input's Gram matrix fails even with damping {damping:g} of the mean diagonal; "
         "give more calibration data (--nsamples) or prune with wanda"
     )
+
+
+@contextmanager
+def one_kind_of_failure() -> Iterator[None]:
+    """What cuSOLVER fails at, of which torch makes a plain RuntimeError, is a torch.linalg.LinAlgError as on a CPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("cusolver error"):
+            raise
+        raise torch.linalg.LinAlgError(str(error)) from error
 
 
 def add_damping(gram: Tensor, damping: float) -> Tensor:
