@@ -1,5 +1,6 @@
 """Every form of a checkpoint holds the same weights for all that reads it, and is saved as what it was."""
 
+import itertools
 import json
 import os
 import shutil
@@ -54,7 +55,8 @@ def quantise(tensors: dict, plain: dict) -> None:
     """The blocks' matrices as float8 with a scale for every square of BLOCK; `plain` gets what they stand for."""
     plain |= tensors
     for name, weight in list(tensors.items()):
-        if weight.dim() == 2 and len(weight) >= BLOCK and any(part.isdigit() for part in name.split(".")):
+        inside = name.endswith("weight") and any(part.isdigit() for part in name.split("."))
+        if inside and weight.dim() == 2 and len(weight) >= BLOCK:
             squares = weight.view(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
             scale = squares.abs().amax((1, 3), keepdim=True) / 448
             codes = (squares / scale).to(torch.float8_e4m3fn)
@@ -103,8 +105,11 @@ def reference(folder: Path, tokens: torch.Tensor) -> float:
         return float(model(input_ids=tokens, labels=tokens).loss.exp())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# DBRX refuses a tied head.
+CASES = [pair for pair in itertools.product(ARCHITECTURES, FORMS) if pair != ("dbrx", "own head")]
+
+
+@pytest.mark.parametrize(("architecture", "form"), CASES)
 def test_every_path_reads_what_transformers_reads(architecture, form, tmp_path):
     folder, tokens = tmp_path / "model", tiny_tokens(windows=2)
     expected = reference(make(form, architecture, folder), tokens)
