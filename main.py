@@ -6,8 +6,8 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 import logging
 import sys
 
-from lib import cli, ranks, results
-from lib.analysis import analyze, describe, note, score
+from lib import cli, ranks, results, tokens
+from lib.analysis import analyze, describe, note, score, weigh_bos
 from lib.config import RunConfig
 from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
@@ -15,6 +15,7 @@ from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
+from lib.storage import settle
 from lib.trials import on_trial
 
 log = logging.getLogger("lib.main")
@@ -45,24 +46,32 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         if config.calibrated:
             windows = calibration_windows(
                 config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out,
+                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
             )  # fmt: skip
             calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
             ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
         if config.eval_wikitext:
-            evaluation = evaluation_windows(config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows)
+            evaluation = evaluation_windows(
+                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
+                cache_dir=config.cache_dir,
+            )  # fmt: skip
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        watched = calibration if evaluation is None else evaluation
         if config.stream:
-            model = open_model(results.as_safetensors(source), config.device, config.dtype, tokenizer)
+            source = results.as_safetensors(source)
+            model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
             model.load_rest()
         else:
-            tokens = 0 if calibration is None else calibration.numel()
+            held = 0 if calibration is None else calibration.numel()
             model = load_model(
-                source, config.device, config.dtype, tokenizer, tokens=tokens, copies=int(config.held_out > 0)
-            )
+                source, config.device, config.dtype, tokenizer, config.save_dtype, held_tokens=held,
+                copies=int(config.held_out > 0),
+            )  # fmt: skip
         model.check(config.pattern, calibration, evaluation)
-        described, batch = describe(model, events), config.batch(seqlen)
+        described, batch = describe(model, events, source), config.batch(seqlen)
 
+    if watched is not None:
+        log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
     remember = journal.recall if journal else lambda _, make: make()
 
@@ -71,6 +80,9 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             return perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}", store=store)
 
     store = results.activation_store(config)
+    if watched is not None and config.add_bos == "once":
+        with clock("evaluate"):
+            described["bos"] = weigh_bos(model, watched, events, store, remember)
     dense = remember("dense", lambda: evaluate("dense")) if config.eval_dense else None
     if dense is not None:
         log.info("perplexity before pruning: %.4f", dense)
@@ -101,6 +113,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         config, model, targets, planned["asymmetry"], calibration, row_weights=rows, batch_size=batch,
         recovery=config.recover == "block", clock=clock, events=events, **resumable,
     )  # fmt: skip
+    for message in settle(model.rest(), model.saved_as):
+        note(events, message)
     if journal:
         journal.finish()
 
@@ -123,8 +137,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     results.append_result(config, record)
     if config.plot:
         results.write_report(folder, record, scores, portraits)
+    if config.save_model:
+        results.describe_checkpoint(config, record)
     if journal:
-        journal.close(record)
+        journal.close()
     return record
 
 

@@ -1,6 +1,5 @@
 """Where the hidden states of many windows live: in memory, or past a limit in a memory-mapped file."""
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,38 +42,56 @@ class Store:
 
 
 class Activations:
-    """One hidden state (B, S, d) a batch, appended in order and replaced in place.
+    """One tensor a batch, such as its hidden state (B, S, d), put in order and replaced in place.
 
     Without a store they stay where they are made, with the block that they come from; with one they lie on the host and
     are read on the model's device.
     """
 
-    def __init__(self, device: torch.device, windows: int, store: Store | None):
-        self._device, self._windows, self._store = device, windows, store
+    def __init__(self, device: torch.device, windows: int, batch_size: int, store: Store | None):
+        self._device, self._windows, self._batch_size, self._store = device, windows, batch_size, store
         self._batches: list[Tensor] = []
         self._mapped: Tensor | None = None
 
-    def append(self, hidden: Tensor) -> None:
+    def put(self, index: int, value: Tensor) -> None:
+        """Append, or replace what is there."""
+        if index == len(self):
+            self._append(value)
+        elif self._mapped is not None:
+            self._batches[index].copy_(value)
+        else:
+            self._batches[index] = value if self._store is None else value.cpu()
+
+    def _append(self, value: Tensor) -> None:
         if self._store is None:
-            self._batches.append(hidden)
+            self._batches.append(value)
             return
         if not self._batches:
-            elements = self._windows * math.prod(hidden.shape[1:])
-            if not self._store.fits(elements * hidden.element_size()):
-                self._mapped = self._store.map(elements, hidden.dtype)
+            elements = value.numel() * -(-self._windows // self._batch_size)
+            if not self._store.fits(elements * value.element_size()):
+                self._mapped = self._store.map(elements, value.dtype)
         if self._mapped is None:
-            self._batches.append(hidden.cpu())
+            self._batches.append(value.cpu())
             return
         begin = sum(batch.numel() for batch in self._batches)
-        place = self._mapped[begin : begin + hidden.numel()].view(hidden.shape)
-        self._batches.append(place.copy_(hidden))
+        place = self._mapped[begin : begin + value.numel()].view(value.shape)
+        self._batches.append(place.copy_(value))
+
+    def empty(self) -> "Activations":
+        """A place for other tensors of the same windows."""
+        return Activations(self._device, self._windows, self._batch_size, self._store)
 
     def copy(self) -> "Activations":
-        """The same hidden states, to go their own way."""
-        other = Activations(self._device, self._windows, self._store)
-        for hidden in self._batches:
-            other.append(hidden.clone())
+        """The same tensors, to go their own way."""
+        other = self.empty()
+        for index, value in enumerate(self._batches):
+            other.put(index, value.clone())
         return other
+
+    def alike(self, tensor: Tensor) -> bool:
+        """Whether a window's tensor has the shape and the type of these."""
+        first = self._batches[0]
+        return first.shape[1:] == tensor.shape[1:] and first.dtype == tensor.dtype
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -85,9 +102,3 @@ class Activations:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
-
-    def __setitem__(self, index: int, hidden: Tensor) -> None:
-        if self._mapped is not None:
-            self._batches[index].copy_(hidden)
-        else:
-            self._batches[index] = hidden if self._store is None else hidden.cpu()

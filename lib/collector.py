@@ -4,7 +4,8 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
-from .model import Matrix, matrix_inputs
+from .model import Matrix, keeps_tokens, matrix_inputs
+from .products import Products
 from .stats import InputStats
 
 
@@ -17,17 +18,23 @@ class Collector:
 
     Matrices that read the very same tensor share one InputStats, to which it is added once. What of the block
     lies behind its last matrix's input is not computed unless `whole`: nobody reads it here. With `cross`, each batch
-    comes first in the dense model (`reference`), and the statistics hold both inputs' cross Gram.
+    comes first in the dense model (`reference`), and the statistics hold both inputs' cross Gram. What a module's
+    matrix is multiplied with while the module itself is not called (`dt_proj.weight @ x`) is its input as well.
     """
 
     def __init__(self, matrices: list[Matrix], needs: str, cross: bool = False, whole: bool = False):
         self.needs, self.cross, self._whole = needs, cross, whole
         self.stats: dict[str, InputStats] = {}
-        self._names = {(m.module, m.parameter, m.expert): m.name for m in matrices}
-        self._modules = list(dict.fromkeys(m.module for m in matrices))
+        self._matrices = matrices
+        self._of_module = {m.module: [] for m in matrices}
+        for matrix in matrices:
+            self._of_module[matrix.module].append(matrix)
+        self._modules = list(self._of_module)
+        self._reached: set[nn.Module] = set()
+        self._uncalled: list[Matrix] = []  # whose matrices are read all the same
         self._order: list[nn.Module] = []  # in which the current batch reached the modules
         self._last: nn.Module | None = None  # the module at which a pass may end, once known
-        self._dense: dict[nn.Module, Tensor] = {}  # what each module reads of the current batch in the dense model
+        self._dense: dict[nn.Module, Tensor | None] = {}  # what each module reads of this batch in the dense model
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
@@ -38,7 +45,8 @@ class Collector:
         """
 
         def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._dense[of_twin[module]] = (*args, *kwargs.values())[0]
+            again = of_twin[module] in self._dense  # of experts called one by one: which of them, is not known
+            self._dense[of_twin[module]] = None if again else (*args, *kwargs.values())[0]
             if of_twin[module] is self._last and not whole:
                 raise StopForward
 
@@ -57,6 +65,8 @@ class Collector:
         with ExitStack() as stack:
             for module in self._modules:
                 stack.callback(module.register_forward_pre_hook(self._observe, with_kwargs=True).remove)
+            if self._uncalled:
+                stack.enter_context(self._products(self._uncalled))
             try:
                 yield
             except StopForward:
@@ -65,16 +75,40 @@ class Collector:
         if self._last is None and sorted(map(id, self._order)) == sorted(map(id, self._modules)):
             self._last = self._order[-1]
 
+    @property
+    def missed(self) -> list[Matrix]:
+        """Linear maps that no pass has called so far."""
+        return [matrix for matrix in self._matrices if matrix.expert is None and matrix.module not in self._reached]
+
+    @contextmanager
+    def uncalled(self):
+        """While the first batch runs through the block once more, for those of them that are read without a call."""
+        before = set(self.stats)
+        with self._products(self.missed):
+            yield
+        self._uncalled = [matrix for matrix in self.missed if matrix.name in self.stats.keys() - before]
+
+    @contextmanager
+    def _products(self, matrices: list[Matrix]):
+        with Products(matrices) as products:
+            yield
+        for matrix, x in products.found:
+            if matrix.module not in self._reached:  # or else its hook has seen it
+                self._add(matrix.name, x, None)
+
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._order.append(module)
+        self._reached.add(module)
         dense = self._dense.get(module)
         # The dense model's input goes where the pruned one's is routed.
-        paired = None if dense is None else matrix_inputs(module, (dense, *(*args, *kwargs.values())[1:]), {})
-        for parameter, expert, x in matrix_inputs(module, args, kwargs):
-            x_dense = None if paired is None else next(paired)[2]
-            name = self._names.get((module, parameter, expert))
-            if name is not None and x.numel():
-                self._add(name, x, x_dense)
+        matrices = self._of_module[module]
+        rest = (*args, *kwargs.values())[1:]
+        paired = {}
+        if dense is not None and keeps_tokens(matrices, rest):
+            paired = dict(matrix_inputs(matrices, (dense, *rest), {}))
+        for matrix, x in matrix_inputs(matrices, args, kwargs):
+            if x.numel():
+                self._add(matrix.name, x, paired.get(matrix))
         if module is self._last and not self._whole and len(self._order) == len(self._modules):
             raise StopForward
 
@@ -92,3 +126,24 @@ class Collector:
         for stats in set(self.stats.values()):
             stats.finish()
         return self.stats
+
+    def reasons(self, block: nn.Module) -> dict[str, str]:
+        """Of every matrix without statistics, why it has none."""
+        lists = [held for held in block.modules() if isinstance(held, nn.ModuleList)]
+        beside: dict[nn.Module, list[nn.Module]] = {}  # module -> the members of the lists that it is in
+        for held in lists:
+            for member in held:
+                for module in member.modules():
+                    beside.setdefault(module, []).extend(held)
+
+        def routed(matrix: Matrix) -> bool:
+            others = {inner for member in beside.get(matrix.module, []) for inner in member.modules()}
+            return matrix.module in self._reached or not self._reached.isdisjoint(others)
+
+        return {
+            matrix.name: "no calibration token is routed to it"
+            if routed(matrix)
+            else "its block runs without calling it or multiplying by it"
+            for matrix in self._matrices
+            if matrix.name not in self.stats
+        }

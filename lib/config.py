@@ -10,9 +10,9 @@ import torch
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
 from .allocation.budget import S_MAX, S_MIN
-from .data import find_corpus
+from .data import ADD_BOS, find_corpus
 from .errors import RunError
-from .load import choose_device, find_source
+from .load import choose_device, locate
 from .masks import Pattern
 from .metrics import METRICS
 from .pruners import PRUNERS
@@ -75,24 +75,30 @@ class RunConfig:
     )
     recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
     mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
-    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, or a path")
+    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
     nsamples: int = _flag(128, "calibration windows")
     seqlen: int | None = _flag(None, "tokens a window (default: 2048, or the model's limit)")
     seed: int = _flag(0, "seed of the calibration windows")
     eval_wikitext: bool = _flag(True, "report perplexity on --eval_data")
-    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, or a path")
+    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, a path, or c4:PATH")
+    add_bos: str = _flag(
+        "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
+    )
     eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
     eval_dense: bool = _flag(False, "also evaluate before pruning")
     eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
     batch_size: int | None = _flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
     device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
-    cache_dir: str = _flag("llm_weights", "folder for downloaded models and metric values")
+    cache_dir: str = _flag("llm_weights", "folder for downloaded models and data, and metric values")
     trust_remote_code: bool = _flag(False, "allow code that comes with a model from the hub")
     analyze_only: bool = _flag(False, "measure every --WW_metric and stop; reads a checkpoint tensor by tensor")
     plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
     save: str = _flag("results", "folder for results")
     save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
+    save_dtype: str = _flag(
+        "auto", "dtype of the pruned checkpoint; auto: each tensor's own in the files", choices=lambda: list(DTYPES)
+    )
     stream: bool = _flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
     activation_memory: float | None = _flag(
         None, "GB of activations kept in memory with --stream, the rest in a file (default: a quarter of what is free)"
@@ -120,7 +126,7 @@ class RunConfig:
                 find_corpus("--calib_data", self.calib_data)
             if self.eval_wikitext:
                 find_corpus("--eval_data", self.eval_data)
-        find_source(self.model, self.cache_dir, self.trust_remote_code)
+        locate(self.model, self.cache_dir)
 
     def _check_numbers(self) -> None:
         ratio = self.sparsity_ratio
@@ -232,11 +238,16 @@ class RunConfig:
         return self.sparsity_ratio if self.sparsity_ratio is not None else Pattern.parse(self.sparsity_type)[1]
 
     def without_effect(self) -> list[str]:
-        """Flags that were changed from their default but that this method does not read."""
+        """Flags that were changed from their default but that this run does not read."""
+        unread = self.unread()
+        return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
+
+    def unread(self) -> set[str]:
+        """Fields that this run does not read."""
         if self.analyze_only:
             read = ("model", "device", "trust_remote_code", "ww_metric", "ww_metric_cache", "cache_dir")
             read += ("analyze_only", "plot", "save", "quiet")
-            return [flag_of(f) for f in fields(self) if f.name not in read and getattr(self, f.name) != f.default]
+            return {f.name for f in fields(self)} - {*read}
         unread = [name for name in self.options if name not in ALLOCATIONS[self.allocation].options]
         if not ALLOCATIONS[self.allocation].granular:
             unread += ["mapping_type"]
@@ -246,11 +257,13 @@ class RunConfig:
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
+        if not self.calibrated and not self.eval_wikitext:
+            unread += ["add_bos"]
         if self.pattern.group is not None:
             unread += ["fisher"]  # N of every M are chosen within a row
         if not self.stream:
             unread += ["activation_memory", "restart"]
-        return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]
+        return set(unread)
 
     def window(self, limit: int | None) -> int:
         """Tokens a window for a model made for at most `limit`."""
@@ -292,6 +305,8 @@ class RunConfig:
             parts.append(f"fisher{self.fisher:g}")
         if self.recover != "none":
             parts.append(f"recover_{self.recover}")
+        if self.add_bos != "once":
+            parts.append(f"bos_{self.add_bos}")
         return "-".join([*parts, f"seed{self.seed}", digest])
 
 

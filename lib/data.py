@@ -4,129 +4,222 @@ The protocols are those of GPTQ, SparseGPT, Wanda and AlphaPruning, so that perp
 """
 
 import functools
+import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import hub, texts, tokens
 from .errors import RunError
 from .registry import unknown_name
+from .texts import Row
 
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+ADD_BOS = ("once", "every")
+SHARD = "c4:"  # before a path: drawn and evaluated as c4 is
+FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data"}
+PARTS = {"calibration": "train", "evaluation": "test"}  # of a saved folder that has several
 DRAWS = 10_000  # tries to find room for the windows held out
+C4_EVALUATED, C4_WINDOWS = 1100, 256  # documents of the validation shard, and windows of them at most
 C4_MISSES = 10_000  # documents in a row that may be too short before c4 is given up
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """rows(split) -> texts, split being "calibration" or "evaluation"; and what joins each split's rows."""
+    """rows(split, cache_dir) -> texts, split being "calibration" or "evaluation"; and what joins each split's rows.
 
-    rows: Callable[[str], list[str]]
+    A row may be a conversation too, which goes through the tokenizer's chat template.
+    """
+
+    rows: Callable[[str, str], Sequence[Row]]
     calibration_join: str = " "
     evaluation_join: str = "\n\n"
     by_document: bool = False  # calibration windows each from a document of its own
+    evaluation_windows: int | None = None  # the first so many, where the protocol says so
 
 
-def calibration_windows(name: str, tokenizer, *, nsamples: int, seqlen: int, seed: int, held_out: int = 0) -> Tensor:
+def calibration_windows(
+    name: str,
+    tokenizer,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    held_out: int = 0,
+    add_bos: str = "once",
+    cache_dir: str = "llm_weights",
+) -> Tensor:
     """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out, seqlen), int64.
 
     The corpus is joined with a space and tokenised once; window k begins at the k-th
     randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
     document that is longer than it. The last `held_out` are drawn after the others, and again until they have no token
-    in common with any. Raises RunError where the corpus is too short.
+    in common with any. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
+    seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
-    corpus, rng = find_corpus("--calib_data", name), random.Random(seed)
-    rows = _read("--calib_data", name, corpus, "calibration")
+    asked, rng = f"--calib_data {name}", random.Random(seed)
+    corpus, front = find_corpus("--calib_data", name), _front(tokenizer, add_bos)
+    width = seqlen - len(front)
+    with texts.reading(asked):
+        rows = corpus.rows("calibration", cache_dir)
     if corpus.by_document:
-        draw = functools.partial(_in_long_document, rows, tokenizer, seqlen, rng)
+
+        def encode(row: Row) -> Tensor:
+            return tokens.encode(tokenizer, _text(asked, tokenizer, row), special=not len(front))
+
+        draw = functools.partial(_in_long_document, asked, rows, encode, width, rng)
     else:
-        tokens = _tokenize(tokenizer, corpus.calibration_join.join(rows))
-        if len(tokens) <= seqlen:
-            raise RunError(
-                f"--calib_data {name}: has {len(tokens)} tokens, not more than one window of --seqlen {seqlen}"
-            )
+        text = _joined(asked, tokenizer, rows, corpus.calibration_join)
+        found = tokens.encode(tokenizer, text, special=not len(front))
+        if len(found) <= width:
+            raise RunError(f"{asked}: has {len(found)} tokens, not more than one window of --seqlen {seqlen}")
 
         def draw() -> tuple[int, int, Tensor]:
-            start = rng.randint(0, len(tokens) - seqlen - 1)
-            return 0, start, tokens[start : start + seqlen]
+            start = rng.randint(0, len(found) - width - 1)
+            return 0, start, found[start : start + width]
 
     drawn = [draw() for _ in range(nsamples)]
     for _ in range(DRAWS):
         if len(drawn) == nsamples + held_out:
             break
         document, start, window = draw()
-        if all(document != other or abs(start - begin) >= seqlen for other, begin, _ in drawn):
+        if all(document != other or abs(start - begin) >= width for other, begin, _ in drawn):
             drawn.append((document, start, window))
     else:
         raise RunError(
-            f"--calib_data {name}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
+            f"{asked}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
             "the choice of an allocation needs; ask for fewer, or give more text"
         )
-    return torch.stack([window for _, _, window in drawn])
+    return torch.stack([torch.cat([front, window]) for _, _, window in drawn])
 
 
-def evaluation_windows(name: str, tokenizer, *, seqlen: int, limit: int | None = None) -> Tensor:
+def evaluation_windows(
+    name: str,
+    tokenizer,
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    add_bos: str = "once",
+    cache_dir: str = "llm_weights",
+) -> Tensor:
     """The corpus joined (two newlines), tokenised once and cut into whole windows; (windows, seqlen), int64.
 
-    What is left at the end is dropped; `limit` keeps the first windows only. Raises RunError where there are
-    fewer windows than asked for, or none.
+    What is left at the end is dropped; `limit` keeps the first windows only. c4 is its first validation shard's first
+    1100 documents, joined with a space, and at most 256 windows of them. `add_bos` as for `calibration_windows`. Raises
+    RunError where there are fewer windows than asked for, or none.
     """
-    corpus = find_corpus("--eval_data", name)
-    tokens = _tokenize(tokenizer, corpus.evaluation_join.join(_read("--eval_data", name, corpus, "evaluation")))
-    count = len(tokens) // seqlen
+    asked = f"--eval_data {name}"
+    corpus, front = find_corpus("--eval_data", name), _front(tokenizer, add_bos)
+    width = seqlen - len(front)
+    with texts.reading(asked):
+        rows = corpus.rows("evaluation", cache_dir)
+    text = _joined(asked, tokenizer, rows, corpus.evaluation_join)
+    found = tokens.encode(tokenizer, text, special=not len(front))
+    count = min(len(found) // width, corpus.evaluation_windows or len(found))
     if count == 0:
-        raise RunError(f"--eval_data {name}: has {len(tokens)} tokens, less than one window of --seqlen {seqlen}")
+        raise RunError(f"{asked}: has {len(found)} tokens, less than one window of --seqlen {seqlen}")
     if limit is not None and limit > count:
-        raise RunError(f"--eval_windows {limit}: --eval_data {name} has only {count} windows of {seqlen} tokens")
-    return tokens[: count * seqlen].view(count, seqlen)[:limit]
+        raise RunError(f"--eval_windows {limit}: {asked} has only {count} windows of {seqlen} tokens")
+    windows = found[: count * width].view(count, width)[:limit]
+    return torch.cat([front.expand(len(windows), -1), windows], dim=1)
 
 
 def find_corpus(flag: str, name: str) -> Corpus:
     """The corpus of that name or path; RunError naming `flag` where there is none. Reads no text."""
     if name in CORPORA:
         return CORPORA[name]
-    path = Path(name)
-    if path.is_dir() or path.suffix in SUFFIXES:
+    path = Path(name.removeprefix(SHARD))
+    if path.is_dir() or texts.form(path):
         if not path.exists():
             raise RunError(f"{flag} {name}: no such file")
+        asked = f"{flag} {name}"
+        if name.startswith(SHARD):
+            if texts.form(path) == ".txt":
+                raise RunError(f"{asked}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
+            return _c4(lambda split, _: (asked, path))
         # A .txt is one row and so used verbatim, whatever would join it.
-        return Corpus(lambda split: _local_rows(flag, path, split))
+        return Corpus(lambda split, _: texts.rows(asked, path, PARTS[split]))
+    accepted = f"{', '.join(texts.SUFFIXES)} (all but parquet also with {' or '.join(texts.PACKED)})"
     if path.exists():
-        raise RunError(f"{flag} {name}: a file must end in one of {', '.join(SUFFIXES)}")
-    raise unknown_name(flag, name, [*CORPORA, "a path to a " + ", ".join(SUFFIXES) + " or a saved data set"])
+        raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
+    raise unknown_name(
+        flag, name, [*CORPORA, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
+    )
 
 
-def _read(flag: str, name: str, corpus: Corpus, split: str) -> list[str]:
-    """The corpus's rows; whatever keeps a library from reading it ends in one line."""
+def _front(tokenizer, add_bos: str) -> Tensor:
+    """What every window begins with: BOS or nothing."""
+    if add_bos != "every":
+        return torch.empty(0, dtype=torch.int64)
+    bos = tokens.bos(tokenizer)
+    if bos is None:
+        raise RunError("--add_bos every: the model's tokenizer has no BOS; leave it at once")
+    return torch.tensor([bos])
+
+
+def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str) -> str:
+    with texts.reading(asked):
+        rows = list(rows)
+    text = join.join(_text(asked, tokenizer, row) for row in rows)
+    if not text:
+        raise RunError(f"{asked}: is empty")
+    return text
+
+
+def _text(asked: str, tokenizer, row: Row) -> str:
+    """A row as text, a conversation through the tokenizer's chat template."""
+    if isinstance(row, str):
+        return row
+    if not getattr(tokenizer, "chat_template", None):
+        raise RunError(f"{asked}: holds conversations ('messages'), and the model's tokenizer has no chat template")
     try:
-        return corpus.rows(split)
-    except RunError:
-        raise
-    except Exception as error:  # datasets, pyarrow, httpx and the hub client have no common base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        offline = "" if Path(name).exists() else "; offline, give a local file or 'pydoc'"
-        raise RunError(f"{flag} {name}: cannot be read ({reason[:300]}){offline}") from error
+        text = tokenizer.apply_chat_template(row, tokenize=False)
+    except Exception as error:  # a template is a program of the model's own
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise RunError(f"{asked}: a row does not fit the tokenizer's chat template ({reason})") from error
+    # The template's own BOS would be a second one.
+    return text.removeprefix(tokenizer.bos_token or "") if tokens.beginning(tokenizer) else text
 
 
-def _hub_rows(path: str, column: str, splits: dict[str, str], **options) -> Callable[[str], list[str]]:
-    def rows(split: str) -> list[str]:
-        from datasets import load_dataset  # takes a second to import, and local texts do without
+@dataclass(frozen=True)
+class HubText:
+    """One file a split of a data set on the hub, as the protocols read them."""
 
-        return load_dataset(path, split=splits[split], **options)[column]
+    name: str
+    repository: str
+    files: dict[str, str]
+    revision: str = "main"
+
+    def path(self, split: str, cache_dir: str) -> Path:
+        """The split's file, fetched if need be."""
+        repository = hub.Repository(self.repository, "dataset", cache_dir, f"{FLAGS[split]} {self.name}")
+        return hub.fetch_data(repository, self.files[split], self.revision)
+
+
+def _parquet(text: HubText, column: str) -> Callable[[str, str], Sequence[Row]]:
+    def rows(split: str, cache_dir: str) -> list[str]:
+        from pyarrow import parquet  # takes a moment to import, and other texts do without
+
+        return parquet.read_table(text.path(split, cache_dir), columns=[column])[column].to_pylist()
 
     return rows
 
 
-def _c4_rows(split: str) -> Iterable[str]:
-    files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-    part = {"calibration": "train", "evaluation": "validation"}[split]
-    return _hub_rows("allenai/c4", "text", {split: part}, data_files={part: files[part]})(split)
+def _c4(shard: Callable[[str, str], tuple[str, Path]]) -> Corpus:
+    """The protocol of c4, from `shard(split, cache_dir)`: whom to name in an error, and a file or folder."""
+
+    def rows(split: str, cache_dir: str) -> Sequence[Row]:
+        if split == "calibration":
+            return texts.numbered(*shard(split, cache_dir), PARTS[split])
+        return list(itertools.islice(texts.rows(*shard(split, cache_dir), PARTS[split]), C4_EVALUATED))
+
+    return Corpus(rows, evaluation_join=" ", by_document=True, evaluation_windows=C4_WINDOWS)
 
 
-def _pydoc_rows(split: str) -> list[str]:
+def _pydoc_rows(split: str, cache_dir: str = "") -> list[str]:
     """The language reference inside every CPython: its topics in alphabetical order, every other one to each part.
 
     Some topics hold others, or parts of them, so evaluation leaves out every paragraph that calibration has.
@@ -136,59 +229,52 @@ def _pydoc_rows(split: str) -> list[str]:
     def key(paragraph: str) -> str:
         return " ".join(paragraph.split())
 
-    texts = list(dict.fromkeys(topics[name] for name in sorted(topics)))
-    calibration = texts[0::2]
+    entries = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    calibration = entries[0::2]
     if split == "calibration":
         return calibration
     seen = {key(paragraph) for text in calibration for paragraph in text.split("\n\n")}
-    return ["\n\n".join(p for p in text.split("\n\n") if key(p) not in seen) for text in texts[1::2]]
+    return ["\n\n".join(p for p in text.split("\n\n") if key(p) not in seen) for text in entries[1::2]]
 
 
-def _local_rows(flag: str, path: Path, split: str) -> list[str]:
-    if path.suffix == ".txt":
-        return [path.read_text(encoding="utf-8")]
-    import datasets
-
-    if path.is_dir():
-        data = datasets.load_from_disk(str(path))
-        if isinstance(data, datasets.DatasetDict):
-            part = "train" if split == "calibration" else "test"
-            if part not in data:
-                raise RunError(f"{flag} {path}: has no split '{part}', only {', '.join(data)}")
-            data = data[part]
-    else:
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        data = datasets.load_dataset(kind, data_files=str(path), split="train")
-    if "text" not in data.column_names:
-        raise RunError(f"{flag} {path}: has no column 'text', only {', '.join(data.column_names)}")
-    texts = data["text"]
-    if not all(isinstance(text, str) for text in texts):
-        raise RunError(f"{flag} {path}: a row of its column 'text' is not text (null or a number)")
-    return texts
-
-
-def _tokenize(tokenizer, text: str) -> Tensor:
-    return tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-
-
-def _in_long_document(rows: list[str], tokenizer, seqlen: int, rng: random.Random) -> tuple[int, int, Tensor]:
+def _in_long_document(
+    asked: str, rows: Sequence[Row], encode: Callable[[Row], Tensor], width: int, rng: random.Random
+) -> tuple[int, int, Tensor]:
     """A random window: its document, where in it the window begins, and its tokens."""
+    if not len(rows):
+        raise RunError(f"{asked}: is empty")
     for _ in range(C4_MISSES):
         document = rng.randint(0, len(rows) - 1)
-        tokens = _tokenize(tokenizer, rows[document])
-        if len(tokens) > seqlen:
-            start = rng.randint(0, len(tokens) - seqlen - 1)
-            return document, start, tokens[start : start + seqlen]
-    raise RunError(f"--calib_data c4: none of {C4_MISSES} documents is longer than --seqlen {seqlen}")
+        with texts.reading(asked):
+            row = rows[document]
+        found = encode(row)
+        if len(found) > width:
+            start = rng.randint(0, len(found) - width - 1)
+            return document, start, found[start : start + width]
+    raise RunError(f"{asked}: none of {C4_MISSES} documents drawn is longer than {width} tokens; lower --seqlen")
 
 
-_WIKITEXT2 = {"calibration": "train", "evaluation": "test"}
+C4 = HubText(
+    "c4", "allenai/c4",
+    {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
+)  # fmt: skip
+_WIKITEXT2 = HubText(
+    "wikitext2", "Salesforce/wikitext",
+    {
+        "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+    },
+)  # fmt: skip
+# Its main branch is a script, which nothing runs any longer; the hub keeps what it gave beside it.
+_PTB = HubText(
+    "ptb", "ptb-text-only/ptb_text_only",
+    {"calibration": "penn_treebank/train/0000.parquet", "evaluation": "penn_treebank/test/0000.parquet"},
+    revision="refs/convert/parquet",
+)  # fmt: skip
 
 CORPORA: dict[str, Corpus] = {
-    "c4": Corpus(_c4_rows, evaluation_join=" ", by_document=True),
-    "wikitext2": Corpus(_hub_rows("Salesforce/wikitext", "text", _WIKITEXT2, name="wikitext-2-raw-v1")),
-    "ptb": Corpus(
-        _hub_rows("ptb-text-only/ptb_text_only", "sentence", _WIKITEXT2, name="penn_treebank"), evaluation_join=" "
-    ),
+    "c4": _c4(lambda split, cache_dir: (f"{FLAGS[split]} c4", C4.path(split, cache_dir))),
+    "wikitext2": Corpus(_parquet(_WIKITEXT2, "text")),
+    "ptb": Corpus(_parquet(_PTB, "sentence"), evaluation_join=" "),
     "pydoc": Corpus(_pydoc_rows),
 }

@@ -83,7 +83,7 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
     except (LinAlgError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"has no spectrum ({reason}); choose an allocation that reads none") from error
+        raise ValueError(f"no eigenvalues ({reason}); try another --device, or prune without a metric") from error
 
 
 class Spectrum:

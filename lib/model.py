@@ -1,36 +1,43 @@
 """A causal LM as this project sees it: decoder blocks and the (out, in) matrices inside them.
 
-The only module that knows architectures. Blocks and matrices are found from the model's structure: the
-largest list of modules that hold linear maps, and in each of them every nn.Linear, every Conv1D (GPT-2) and
-every expert of a fused three-dimensional expert tensor. Embeddings, norms, the head and MoE routers are none.
+With experts.py the only module that knows architectures. Blocks and matrices are found from the model's structure:
+the lists of modules that hold linear maps, and in each of them every nn.Linear, every Conv1D (GPT-2) and every expert
+of a stack of experts. Embeddings, norms, the head and routers are none; whatever else there is, is measured.
 """
 
 import hashlib
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from . import ranks
+from .blocks import find_blocks, find_body, is_causal
 from .errors import RunError
 from .esd import as_published
+from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
 from .memory import on_host
+from .products import Products
 from .progress import progress
 
-EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")  # of transformers' fused experts
+FEW = 7  # tokens, to try a model on; no other axis is that long
+NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One prunable matrix, shown as (out, in) however the model stores it.
 
-    name is the module's full name; an expert's ends in its tensor's name and its number.
+    name is the module's full name; an expert's ends in its tensor's name and its number, of `experts` in all. A matrix
+    that several modules share is one: the last of them, whose block it belongs to; `earlier` has it as the others hold
+    it.
     """
 
     name: str
@@ -38,7 +45,14 @@ class Matrix:
     module: nn.Module
     parameter: str = "weight"
     expert: int | None = None
+    experts: int = 1
     transposed: bool = False
+    earlier: tuple["Matrix", ...] = ()
+
+    @property
+    def uses(self) -> tuple["Matrix", ...]:
+        """The matrix as each module has it, in order."""
+        return (*self.earlier, self)
 
     @property
     def weight(self) -> Tensor:
@@ -53,7 +67,7 @@ class Matrix:
     def view(self, tensor: Tensor) -> Tensor:
         """This matrix's part (out, in) of a tensor that is laid out as `stored` is."""
         if self.expert is not None:
-            tensor = tensor[self.expert]
+            tensor = (tensor if tensor.dim() == 3 else tensor.unflatten(0, (self.experts, -1)))[self.expert]
         return tensor.T if self.transposed else tensor
 
     @property
@@ -74,10 +88,13 @@ class LanguageModel:
 
     model       the transformers model, put into evaluation mode
     tokenizer   saved with the checkpoint; may be None
-    blocks      the decoder's blocks, in order
+    blocks      the decoder's blocks in the order of its forward, from one list of modules or several
+    block_names their full names
+    body        what turns token ids into the last hidden state
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
-    prefix      the full name of the list of blocks
+    saved_as    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
+    notes       what was found at loading and is worth an event
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
 
@@ -86,17 +103,18 @@ class LanguageModel:
     def __init__(self, model: nn.Module, tokenizer=None, name: str = ""):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name = name or type(model).__name__
-        self.prefix, self.blocks = _find_blocks(model)
+        found = find_blocks(model, self.name)
+        self.block_names, self.blocks = list(found), list(found.values())
+        self.body = find_body(model, self.block_names, self.name)
+        self.saved_as: dict[str, torch.dtype] = {}
+        self.notes: list[str] = []
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
-        for index, block in enumerate(self.blocks):
-            matrices, uncovered = _find_matrices(block, f"{self.prefix}.{index}", index)
+        for index, (name, block) in enumerate(found.items()):
+            matrices, uncovered = _find_matrices(block, name, index)
             self.matrices += matrices
             self.uncovered += uncovered
-        # The part of the model between tokens and the last hidden state: the module that holds the blocks.
-        self.body = model.get_submodule(self.prefix.rpartition(".")[0])
-        if self.body is model:
-            raise RunError(f"--model {self.name}: {type(model).__name__} has no body apart from its head")
+        self.matrices = _each_once(self.matrices)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +130,10 @@ class LanguageModel:
     def matrices_of(self, block: int) -> list[Matrix]:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
+    def uses_in(self, block: int) -> list[tuple[Matrix, Matrix]]:
+        """Every matrix that the block reads: as it has it, and as it is in `matrices`."""
+        return [(use, matrix) for matrix in self.matrices for use in matrix.uses if use.block == block]
+
     def groups(self) -> Iterator[list[Matrix]]:
         """The matrices by the tensor that stores them: one each, or all experts of a fused tensor; in module order."""
         for _, group in groupby(self.matrices, key=lambda matrix: (id(matrix.module), matrix.parameter)):
@@ -123,9 +145,9 @@ class LanguageModel:
         yield
 
     @contextmanager
-    def resident_block(self, index: int, original: bool = False):
-        """While the block `index` is run or changed; likewise. A block that was replaced is read as it was before
-        where `original` asks for it.
+    def resident_block(self, index: int, upto: int | None = None):
+        """While the block `index` is run or changed; likewise. Of blocks that were replaced, those after `upto`, if
+        given, are read as they were before, and so is what they share with this one.
         """
         yield
 
@@ -133,6 +155,20 @@ class LanguageModel:
     def resident_in_forward(self, index: int):
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
+
+    def block_state(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block, which is resident, by name."""
+        return self.blocks[index].state_dict(prefix=f"{self.block_names[index]}.")
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors by name, each tied one once."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        return {name: value for name, value in self.model.state_dict().items() if name not in tied}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of these the ones outside the blocks."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return {name: value for name, value in self.state().items() if not name.startswith(blocks)}
 
     @property
     def parameters(self) -> int:
@@ -146,6 +182,21 @@ class LanguageModel:
     def coverage(self) -> float:
         """Share of the model's parameters that is prunable."""
         return self.prunable_parameters / self.parameters
+
+    @cached_property
+    def dense_share(self) -> float:
+        """Share of the blocks' weights that lies in `uncovered` parameters."""
+        weights = {id(parameter): parameter.numel() for block in self.blocks for parameter in block.parameters()}
+        dense = {id(parameter): parameter.numel() for parameter in map(self.model.get_parameter, self.uncovered)}
+        return sum(dense.values()) / sum(weights.values())
+
+    @property
+    def stays_dense(self) -> str | None:
+        """What is to be said of the weights that no pruner reaches; nothing where they are few."""
+        if self.dense_share <= NEGLIGIBLE:
+            return None
+        names = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.uncovered)
+        return f"{100 * self.dense_share:.1f} % of the blocks' weights stay dense: {', '.join(names)}"
 
     @cached_property
     def digest(self) -> str:
@@ -181,11 +232,14 @@ class LanguageModel:
             "device": ", ".join(map(str, self.devices)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "uncovered": self.uncovered,
+            "dense_share": self.dense_share,
+            "stays_dense": self.stays_dense,
         }
 
     def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
         """Raises RunError for windows with tokens that the model does not have, for the first matrix that N:M does
-        not fit, and for the first parameter that holds NaN or infinity.
+        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead or whose logits
+        are not to be had from its last hidden state.
         """
         known = self.model.get_input_embeddings().weight.shape[0]
         if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
@@ -198,6 +252,18 @@ class LanguageModel:
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta and not parameter.isfinite().all():
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
+        given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
+        few = given[:1, :FEW]
+        with self.resident_in_forward(0):
+            if few.numel() > 1 and not is_causal(self.body, self.blocks[0], few.to(self.device)):
+                decoder = getattr(self.model.config, "is_decoder", None)
+                advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
+                raise RunError(
+                    f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
+                    f"token depends on those that follow{advice}"
+                )
+        if not self.streamed:
+            self.logits(self.hidden_states(few))
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
@@ -220,10 +286,19 @@ class LanguageModel:
             return output
 
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        with replaced_forward(self.body, body):
-            logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        try:
+            with replaced_forward(self.body, body):
+                logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
+                "state; it is not supported"
+            ) from error
         if not asked:
-            raise RuntimeError(f"{type(self.model).__name__} computes logits without its {type(self.body).__name__}")
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
+                f"{type(self.body).__name__}; it is not supported"
+            )
         return logits
 
 
@@ -252,86 +327,62 @@ def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
             matrix.write(weight)
 
 
-def matrix_inputs(module: nn.Module, args: tuple, kwargs: dict) -> Iterator[tuple[str, int | None, Tensor]]:
-    """What the matrices of a module read, from the arguments its forward was called with.
+def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator[tuple[Matrix, Tensor]]:
+    """What the matrices of one module read, from the arguments its forward was called with.
 
-    Yields (parameter, expert, input (..., in)). A linear map reads its one argument. Fused experts are called
-    with (hidden states, chosen experts, routing weights), and each reads the tokens routed to it.
+    Yields (matrix, input (..., in)), a matrix that reads nothing not at all. A linear map reads its one argument;
+    for a stack the module's own forward is run, as written rather than in a faster form, and its products are watched.
     """
-    args = (*args, *kwargs.values())
-    if not _is_fused_experts(module):
-        yield "weight", None, args[0]
+    module = matrices[0].module
+    if matrices[0].expert is None:
+        yield matrices[0], (*args, *kwargs.values())[0]
         return
-    hidden, chosen = args[0].reshape(-1, args[0].shape[-1]), args[1]
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    for expert in range(getattr(module, first).shape[0]):
-        tokens = hidden[(chosen == expert).any(-1)]  # (tokens of this expert, in)
-        yield first, expert, tokens
-        weight = getattr(module, first)[expert]
-        inner = tokens @ (weight if module.is_transposed else weight.T)
-        if module.has_bias:
-            inner = inner + getattr(module, f"{first}_bias")[expert]
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        yield "down_proj", expert, inner
+    with Products(matrices) as products:
+        inspect.unwrap(type(module).forward)(module, *args, **kwargs)
+    yield from products.found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))
-
-
-def _is_fused_experts(module: nn.Module) -> bool:
-    """An experts module of transformers 5: parameters (experts, ., .) under known names and a known layout."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    def linear_parameters(module: nn.Module) -> int:
-        inner = [m for m in module.modules() if _is_linear(m) or _is_fused_experts(m)]
-        return sum(parameter.numel() for m in inner for parameter in m.parameters(recurse=False))
-
-    lists = {
-        name: (sum(linear_parameters(block) for block in module), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(linear_parameters(block) for block in module)
-    }
-    if not lists:
-        raise RunError(f"--model: {type(model).__name__} has no list of decoder blocks with linear maps in them")
-    name = max(lists, key=lambda name: lists[name][0])  # an outer list comes before those inside it
-    return name, lists[name][1]
+def keeps_tokens(matrices: list[Matrix], rest: tuple) -> bool:
+    """Whether the module of these matrices is called with all tokens in their own order, however they are routed: a
+    linear map is, and experts are where the chosen ones come in the `rest` of the call, as integers.
+    """
+    chosen = (value for value in rest if isinstance(value, Tensor))
+    return is_linear(matrices[0].module) or any(not value.is_floating_point() for value in chosen)
 
 
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:
-    matrices, uncovered = [], []
+    """The block's prunable matrices, and the names of the parameters that are none but not dense by nature either."""
+    matrices, uncovered, mixtures = [], [], Mixtures(block)
     for name, module in block.named_modules(prefix=prefix):
-        if _is_linear(module):
-            if not module.weight.is_floating_point():
-                raise RunError(f"--model: {name} holds {module.weight.dtype} weights; load an unquantised checkpoint")
-            if not _is_router(block, prefix, name, module):
-                transposed = isinstance(module, transformers.pytorch_utils.Conv1D)
-                matrices.append(Matrix(name, index, module, transposed=transposed))
-        elif _is_fused_experts(module):
-            for parameter in EXPERT_PARAMETERS:
-                tensor = getattr(module, parameter, None)
-                for expert in range(0 if tensor is None else len(tensor)):
-                    full_name = f"{name}.{parameter}.{expert}"
-                    matrices.append(Matrix(full_name, index, module, parameter, expert, module.is_transposed))
-        else:
-            stacks = [
-                key for key, value in module.named_parameters(recurse=False) if value.dim() == 3 and len(value) > 1
-            ]
-            uncovered += [f"{name}.{key}" for key in stacks if min(module.get_parameter(key).shape[1:]) > 1]
+        stacks = {stack.parameter: stack for stack in mixtures.stacks.get(module, ())}
+        nature = is_dense_by_nature(module) or "norm" in name.rpartition(".")[2]
+        for parameter, value in [] if nature else wide(module):
+            full_name = f"{name}.{parameter}"
+            if value in mixtures.routers:
+                continue
+            if not (is_linear(module) or parameter in stacks):
+                uncovered.append(full_name)
+                continue
+            if not value.is_floating_point():
+                raise RunError(f"--model: {name} holds {value.dtype} weights; load an unquantised checkpoint")
+            if stack := stacks.get(parameter):
+                matrices += [
+                    Matrix(f"{full_name}.{expert}", index, module, parameter, expert, stack.count, stack.transposed)
+                    for expert in range(stack.count)
+                ]
+            else:
+                matrices.append(Matrix(name, index, module, transposed=not isinstance(module, nn.Linear)))
     return matrices, uncovered
 
 
-def _is_router(block: nn.Module, prefix: str, name: str, module: nn.Module) -> bool:
-    """A linear map beside the experts it chooses among: one output an expert, or one gate for a shared expert."""
-    path = name[len(prefix) + 1 :].split(".")
-    for depth in range(len(path) - 1, 0, -1):
-        parent = block.get_submodule(".".join(path[:depth]))
-        holders = {n: c for n, c in parent.named_children() if isinstance(c, nn.ModuleList) or _is_fused_experts(c)}
-        if path[depth] in holders:
-            return False  # inside an expert
-        counts = {len(c) if isinstance(c, nn.ModuleList) else len(c.down_proj) for c in holders.values()}
-        if counts and module.weight.shape[0] in counts | {1}:
-            return True
-    return False
+def _each_once(matrices: list[Matrix]) -> list[Matrix]:
+    """Without the repetitions of what several modules share."""
+    uses: dict[tuple, list[Matrix]] = {}
+    for matrix in matrices:
+        uses.setdefault((id(matrix.stored), matrix.expert), []).append(matrix)
+    last = {id(found[-1]): found for found in uses.values()}
+    return [
+        replace(m, earlier=tuple(replace(use, name=m.name) for use in last[id(m)][:-1])) if len(last[id(m)]) > 1 else m
+        for m in matrices
+        if id(m) in last
+    ]

@@ -12,6 +12,9 @@ log = logging.getLogger(__name__)
 
 def progress(steps: Iterable | None, what: str, unit: str, total: int | None = None) -> tqdm:
     """A tqdm bar over `steps` (or to be advanced by hand to `total`) saying what is being done."""
-    talks = log.isEnabledFor(logging.INFO) and ranks.first()
-    silent = None if talks else True  # None: tqdm shows the bar on a terminal only
-    return tqdm(steps, desc=what, unit=unit, total=total, disable=silent)
+    return tqdm(steps, desc=what, unit=unit, total=total, disable=silent())
+
+
+def silent() -> bool | None:
+    """tqdm's `disable` here: None, which shows a bar on a terminal only, or True."""
+    return None if log.isEnabledFor(logging.INFO) and ranks.first() else True

@@ -1,7 +1,7 @@
 """Block recovery: gradient descent on the weights that a block has left, towards the dense block's output."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from statistics import fmean
 
@@ -38,6 +38,7 @@ def recover(
     own = [float(batch.float().square().mean()) for batch in wanted]
     scale = fmean(chain(*ranks.gather(own))) or 1.0  # of all ranks, for their gradients are added
     with _in_float32(others), _trainable(matrices) as (weights, mixed):
+        mixed = mixed if _runs(forward, mixed) else nullcontext
         kept = [weight != 0 for weight in weights]
         adam = torch.optim.Adam(weights, lr=RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, EPOCHS * steps)
@@ -55,6 +56,19 @@ def recover(
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
+
+
+@torch.no_grad()
+def _runs(forward: Callable[[int], Tensor], mixed: Callable) -> bool:
+    """Whether the block can run in mixed precision: the code of a few adds up tensors of two types."""
+    try:
+        with mixed():
+            forward(0)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 def _rounds(batches: int, steps: int) -> Iterator[list[int]]:

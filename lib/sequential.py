@@ -22,6 +22,7 @@ from .pruners.damping import one_kind_of_failure
 from .recovery import recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
+from .storage import settle
 from .stream import Beside, Stream
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def prune_model(
     events: list[dict] | None = None,
     store: Store | None = None,
     done: int = 0,
-    commit: Callable[[int, dict[str, InputStats], list[dict]], None] | None = None,
+    commit: Callable[[int, dict[str, dict], list[dict]], None] | None = None,
     asymmetry: float = 0.0,
     recovery: bool = False,
     row_weights: Mapping[str, Tensor] | None = None,
@@ -65,7 +66,7 @@ def prune_model(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
         cross=asymmetry > 0, dense=recovery or asymmetry > 0,
     )  # fmt: skip
-    of_block: dict[str, InputStats] = {}
+    seen: dict[str, dict] = {}  # of the block, what a commit records of its statistics
     found: list[dict] = []
     for step in steps:
         block, matrices, stats = step.block, step.matrices, step.stats
@@ -76,25 +77,31 @@ def prune_model(
             for matrix, owner in zip(matrices, owners, strict=True):
                 if owner == ranks.rank() and asked:
                     rows = row_weights[matrix.name] if row_weights else None
-                    target, of_input = targets[matrix.name], stats.get(matrix.name)
-                    _prune_matrix(matrix, pruner, of_input, target, pattern, asymmetry, rows, found)
+                    _prune_matrix(
+                        matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, asymmetry, rows, found,
+                        step.unseen.get(matrix.name),
+                    )  # fmt: skip
             for matrix, owner in zip(matrices, owners, strict=True):
                 matrix.write(ranks.send_around(matrix.weight, owner))
-        of_block |= stats
+        if commit is not None:
+            seen |= {name: one.summary() for name, one in stats.items()}
+        stats.clear()  # they may be gigabytes, and the next are about to be gathered
         if not step.last:
             continue
-        if recovery and step.dense is not None:
+        if recovery and step.dense is not None and (whole := model.matrices_of(block)):
             with clock("recover"):
-                trained = model.matrices_of(block)
-                weights = {matrix.stored for matrix in trained}
+                weights = {matrix.stored for matrix in whole}
                 others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
-                recover(trained, functools.partial(step.stream.output, block), step.dense.hidden, others)
+                recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden, others)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
+        for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
+            log.warning("%s", message)
+            found.append({"matrix": None, "message": message})
         events += found
         if commit is not None:
             with clock("commit"):
-                commit(block, of_block, found)
-        of_block, found = {}, []
+                commit(block, seen, found)
+        seen, found = {}, []
 
 
 def _owners(matrices: list[Matrix], stats: dict[str, InputStats]) -> list[int]:
@@ -116,6 +123,7 @@ def _prune_matrix(
     asymmetry: float,
     rows: Tensor | None,
     events: list[dict],
+    unseen: str | None = None,
 ) -> None:
     def note(message: str) -> None:
         log.warning("%s: %s", matrix.name, message)
@@ -133,7 +141,7 @@ def _prune_matrix(
     if not math.isfinite(largest):
         raise _not_finite(matrix, "its calibration input holds", "the model as pruned so far yields them")
     if pruner.needs != "nothing" and (stats is None or largest == 0):
-        note(f"{'saw no calibration token' if stats is None else 'its input is always zero'}; pruned by magnitude")
+        note(f"{unseen if stats is None else 'its input is always zero'}; pruned by magnitude")
         pruner, stats, rows = PRUNERS["magnitude"], None, None
     try:
         with one_kind_of_failure():
@@ -167,7 +175,9 @@ def _not_finite(matrix: Matrix, what: str, otherwise: str) -> RunError:
 class Step:
     """The turn of one block, or of one stage of it: it is resident, and these matrices may be changed.
 
-    stats   of their inputs, by name; a matrix that saw no token on any rank has none
+    stats   of their inputs, by name, over all blocks that share them; a matrix that saw no token on any rank has none
+    unseen  name -> why it has none
+    visit   the stream's call of the block that this is, its last
     last    whether this is all of the block that is left
     stream  the calibration windows, about to enter the block; None where no token is run
     dense   the same windows in the dense model, just past the block; None where nobody asked
@@ -176,6 +186,8 @@ class Step:
     block: int
     matrices: list[Matrix]
     stats: dict[str, InputStats]
+    unseen: dict[str, str]
+    visit: int
     last: bool = True
     stream: Stream | None = None
     dense: Stream | None = None
@@ -195,9 +207,11 @@ def walk(
 ) -> Iterator[Step]:
     """Yield a step for each block from `done` to the last; what one changes, the next one's inputs come from.
 
-    The blocks before `done` are run through as they are. With needs "nothing" no token is run. With `dense` the
-    windows also go through the unchanged blocks, and with `cross` the statistics hold how the two belong together; a
-    block then comes in stages, each with the inputs that the stages before have left it.
+    A matrix that several blocks share, or whose block is called again, is given once, at its last use, with the
+    statistics of all uses; until then it is as it was. The blocks before `done` are run through as they are. With needs
+    "nothing" no token is run. With `dense` the windows also go through the unchanged blocks, and with `cross` the
+    statistics hold how the two belong together; a block then comes in stages, each with the inputs that the stages
+    before have left it.
     """
     clock = clock or Stopwatch()
     stream = beside = None
@@ -205,34 +219,77 @@ def walk(
         with clock("calibrate"):
             stream = Stream(model, ranks.mine(windows), batch_size, store)
             beside = stream.copy() if dense else None
-    with progress(range(0 if stream else done, len(model.blocks)), "blocks", "block") as bar:
-        for block in bar:
-            if block < done and beside is not None:
-                with model.resident_block(block, original=True), clock("calibrate"), clock("dense"):
-                    beside.advance(block)
+    held: dict[str, InputStats] = {}  # by name, of the uses met so far
+    unseen: dict[str, str] = {}
+    visits = list(enumerate(stream.visits)) if stream else [(block, block) for block in range(done, len(model.blocks))]
+
+    def collect(visit: int, uses: list[Matrix], twin: Beside | None) -> None:
+        bar.set_description("statistics")
+        with clock("calibrate"), clock("statistics"):
+            found, missing = stream.collect(visit, uses, needs, twin)
+            held.update(_both(held, _over_ranks(found, uses, needs, cross)))
+            unseen.update(missing)
+
+    def advance(one: Stream, visit: int, part: str) -> None:
+        if visit + 1 < len(visits) or one is beside:
+            bar.set_description(part)
+            with clock("calibrate"), clock(part):
+                one.advance(visit)
+
+    with progress(visits, "blocks", "block") as bar:
+        for visit, block in bar:
+            ends = stream is None or visit == stream.route.last_visit(block)
+            uses = model.uses_in(block)
+            again = [use for use, matrix in uses if matrix.block >= max(done, block + ends)]  # by a later visit
+            if not (ends and block >= done):  # nothing is pruned: what is, was when its last visit came
+                if again or beside is not None or not ends:
+                    with model.resident_block(block, upto=-1):
+                        if again:
+                            collect(visit, again, Beside(beside, visit) if cross else None)
+                        if beside is not None:
+                            advance(beside, visit, "dense")
+                        if not ends:
+                            advance(stream, visit, "propagation")
+                if ends:
+                    with model.resident_block(block, upto=block):
+                        advance(stream, visit, "propagation")
+                continue
             with model.resident_block(block):
-                if block >= done:
-                    if beside is not None and not cross:
-                        with clock("calibrate"), clock("dense"):
-                            beside.advance(block)
-                    matrices = model.matrices_of(block)
-                    twin = Beside(beside, block) if cross and stream else None
-                    stages = stream.stages(block, matrices) if twin else [matrices]
-                    for index, stage in enumerate(stages):
-                        last, stats = index == len(stages) - 1, {}
-                        if twin is not None and last:
-                            twin.advances, twin.writer = True, stream.writer(block, stage)
-                        if stream is not None:
-                            bar.set_description("statistics")
-                            with clock("calibrate"), clock("statistics"):
-                                found = stream.collect(block, stage, needs, twin)
-                                stats = _over_ranks(found, stage, needs, cross)
-                        bar.set_description("pruning")
-                        yield Step(block, stage, stats, last, stream, beside)
-                if stream is not None and block + 1 < len(model.blocks):
-                    bar.set_description("propagation")
-                    with clock("calibrate"), clock("propagation"):
-                        stream.advance(block)
+                if beside is not None and not cross:
+                    advance(beside, visit, "dense")
+                matrices = model.matrices_of(block)
+                last_uses = [use for use, matrix in uses if matrix.block == block]
+                twin = Beside(beside, visit) if cross and stream else None
+                stages = stream.stages(visit, last_uses) if twin else [last_uses]
+                turn = {use.name: index for index, stage in enumerate(stages) for use in stage}
+                for index, stage in enumerate(stages):
+                    last = index == len(stages) - 1
+                    if twin is not None and last:
+                        twin.advances, twin.writer = True, stream.writer(visit, stage)
+                    if stream is not None:
+                        collect(visit, stage if index else stage + again, twin)
+                    bar.set_description("pruning")
+                    now = [matrix for matrix in matrices if turn[matrix.name] == index]
+                    stats = {matrix.name: held.pop(matrix.name) for matrix in now if matrix.name in held}
+                    yield Step(block, now, stats, unseen, visit, last, stream, beside)
+                    del stats
+                if stream is not None:
+                    advance(stream, visit, "propagation")
+
+
+def _both(held: dict[str, InputStats], found: dict[str, InputStats]) -> dict[str, InputStats]:
+    """The sums of what is held and what was found, by name; one for all names that share both."""
+    sums: dict[tuple[int, int], InputStats] = {}
+    result = {}
+    for name, stats in found.items():
+        if name not in held:
+            result[name] = stats
+            continue
+        pair = id(held[name]), id(stats)
+        if pair not in sums:
+            sums[pair] = held[name].plus(stats)
+        result[name] = sums[pair]
+    return result
 
 
 def _over_ranks(stats: dict[str, InputStats], matrices: list[Matrix], needs: str, cross: bool) -> dict[str, InputStats]:

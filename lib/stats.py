@@ -74,6 +74,19 @@ class InputStats:
                 self.sum_squares = x.new_zeros(x.shape[1])
             self.sum_squares += x.square().sum(0)
 
+    def plus(self, other: "InputStats") -> "InputStats":
+        """Over the tokens of both, each finished; neither may hold a residual."""
+        both = InputStats(self.needs, self._wants_cross)
+        both.tokens, both.paired = self.tokens + other.tokens, self.paired + other.paired
+        if self.gram is None:
+            both.sum_squares = self.sum_squares + other.sum_squares
+            return both
+        both.gram = self.gram + other.gram
+        both.sum_squares = both.gram.diagonal()
+        if self._wants_cross:
+            both.cross = self.cross + other.cross
+        return both
+
     def add_residual(self, gap: Tensor, x: Tensor) -> None:
         """Add R_d - R (..., out) for the tokens x (..., in)."""
         product = gap.reshape(-1, gap.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
@@ -83,6 +96,10 @@ class InputStats:
         """Call once all tokens are in: completes the symmetric matrix."""
         if self.gram is not None:
             mirror(self.gram)
+
+    def summary(self) -> dict:
+        """What a run records of them."""
+        return {"tokens": self.tokens, "sum_squares": float(self.sum_squares.sum())}
 
     def derive(self, function: Callable[["InputStats"], object]) -> object:
         """`function(self)`, computed once however many matrices ask for it."""

@@ -1,25 +1,27 @@
 """Windows of tokens on their way through the blocks, one after the other.
 
-Every block is called with exactly the arguments the model itself passed to it, captured once for each batch.
+Every block is called with exactly the arguments that the model itself passes to it.
 """
 
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from . import ranks
 from .activations import Activations, Store
-from .collector import Collector, StopForward
+from .collector import Collector
 from .errors import RunError
-from .model import LanguageModel, Matrix, replaced_forward
+from .model import LanguageModel, Matrix
 from .progress import progress
+from .route import Call, Containers, Following, Leaf, Route, filled, split
 from .stats import InputStats
 
-PROBE_TOKENS = 16
+ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
 
 
 class Beside:
@@ -30,137 +32,162 @@ class Beside:
               such one
     """
 
-    def __init__(self, stream: "Stream", block: int):
-        self.stream, self._block, self.advances = stream, block, False
+    def __init__(self, stream: "Stream", visit: int):
+        self.stream, self._visit, self.advances = stream, visit, False
         self.writer: Matrix | None = None
-        module = stream.model.blocks[block]
+        module = stream.block(visit)
         self._module = copy.deepcopy(module)
         self.twins = dict(zip(module.modules(), self._module.modules(), strict=True))
 
-    def output(self, batch: int) -> Tensor:
-        """The dense block's output for one batch, (B, S, d)."""
-        return _hidden_of(_call(self._module, self.stream.hidden[batch], self.stream.calls[batch][self._block]))
+    def leaves(self, batch: int) -> list:
+        """What the dense block gives for one batch."""
+        return self.stream.leaves(self._visit, batch, self._module)
 
 
 class Stream:
-    """The calibration windows on their way through the blocks: one hidden state a batch, updated in place.
+    """The calibration windows on their way through the blocks: what each visit gives, a batch at a time.
 
-    Making one checks, on a few tokens, that the blocks called one by one give what the model's own forward
-    gives, and raises RunError for a model of which that is not true.
+    Making one follows the model's own forward pass on the first window, and checks on it that the blocks called one by
+    one give what that gives; raises RunError for a model of which that is not true.
+
+    route   the visits in order, each a call of one block, and what goes from one to the other
+    hidden  the hidden state that the last visit gave
     """
 
-    def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None):
-        self.model, self._windows = model, windows.split(batch_size)
-        self._check(windows[:1, :PROBE_TOKENS])
-        self.hidden = Activations(model.device, len(windows), store)
-        self.calls: list[list[tuple[tuple, dict]]] = []  # [batch][block] -> arguments beside the hidden state
-        for batch in self._windows:
-            hidden, calls = self._capture(batch)
-            self.hidden.append(hidden)
-            self.calls.append(_share(calls, self.calls[0]) if self.calls else calls)
+    def __init__(
+        self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None,
+        route: Route | None = None,
+    ):  # fmt: skip
+        self.model, self._windows, self._store = model, windows.split(batch_size), store
+        self.route = _follow(model, windows[:1]) if route is None else route
+        self.hidden = Activations(model.device, len(windows), batch_size, store)
+        self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
+        self._calls: list[list[Call | None]] = []  # [batch][visit] -> arguments beside the hidden state, where kept
+        for tokens in self._windows:
+            with torch.no_grad():
+                calls, _ = self.route.calls(model, tokens, self._nothing, end=None if self.route.plain else 0)
+            hidden, calls = split(calls[0])[0], [split(call)[1] for call in calls]
+            self.hidden.put(len(self.hidden), hidden)
+            if self.route.plain:
+                self._calls.append([self._kept(call, visit) for visit, call in enumerate(calls)])
 
-    @torch.no_grad()
-    def _check(self, tokens: Tensor) -> None:
-        """Run the model on a few tokens, watch each block, and compare with what `_capture` and `advance` rely on.
+    @staticmethod
+    def _nothing(_leaf: Leaf) -> None:
+        return None
 
-        Each block must read the very output of the one before it, and get the arguments that a captured call has.
-        Keeps the part of each block's output that is not its hidden state.
+    def _kept(self, call: Call, visit: int) -> Call | None:
+        """The call, with every tensor that it shares with the first batch's; none where it would take memory that
+        activations do not have either: it is then made again when its turn comes.
         """
-        inputs: list[Tensor] = []  # of each block: hidden state in, other arguments, whole output
-        given: list[tuple[tuple, dict]] = []
-        outputs: list = []
+        if not self._calls:
+            return call
+        shared = _share(call, self._calls[0][visit])
+        return shared if self._store is None or _same_tensors(shared, self._calls[0][visit]) else None
 
-        def before(_module, args, kwargs):
-            hidden, call = _split(args, kwargs)
-            inputs.append(hidden)
-            given.append(call)
+    @property
+    def visits(self) -> list[int]:
+        """The block of each visit, in the order of the model's own forward."""
+        return self.route.visits
 
-        with ExitStack() as stack:
-            for index, block in enumerate(self.model.blocks):
-                stack.enter_context(self.model.resident_in_forward(index))
-                # Outside of hooks that others set: these are part of the block.
-                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-                stack.callback(block.register_forward_hook(lambda _m, _a, out: outputs.append(out)).remove)
-            self.model.hidden_states(tokens)
-        self._tails = [out[1:] if isinstance(out, tuple) else None for out in outputs]
-        if len(outputs) == len(self.model.blocks):
-            first, calls = self._capture(tokens)
-            if _same(calls, given) and _same(inputs, [first, *map(_hidden_of, outputs[:-1])]):
-                return
-        raise RunError(
-            f"--model {self.model.name}: {type(self.model.model).__name__} cannot be pruned block by block: its "
-            "blocks called one after the other do not give what the whole model gives; prune it with magnitude"
-        )
-
-    @torch.no_grad()
-    def _capture(self, tokens: Tensor) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-        """The first block's input and every block's other arguments, each block passing its input through."""
-        first: list[Tensor] = []
-        calls: list[tuple[tuple, dict]] = []
-
-        def recorder(tail):
-            def forward(*args, **kwargs):
-                hidden, call = _split(args, kwargs)
-                if not first:
-                    first.append(hidden)
-                calls.append(call)
-                if len(calls) == len(self.model.blocks):
-                    raise StopForward
-                return hidden if tail is None else (hidden, *tail)
-
-            return forward
-
-        with ExitStack() as stack:
-            for block, tail in zip(self.model.blocks, self._tails, strict=True):
-                stack.enter_context(replaced_forward(block, recorder(tail)))
-            with suppress(StopForward):
-                self.model.hidden_states(tokens)
-        return first[0], calls
+    def block(self, visit: int) -> nn.Module:
+        return self.model.blocks[self.visits[visit]]
 
     def copy(self) -> "Stream":
         """Another stream of the same windows, at the same place."""
         other = copy.copy(self)
         other.hidden = self.hidden.copy()
+        other._held = {leaf: other.hidden if held is self.hidden else held.copy() for leaf, held in self._held.items()}
         return other
 
     def __len__(self) -> int:
         """Batches."""
         return len(self.hidden)
 
-    def output(self, block: int, batch: int) -> Tensor:
+    def arguments(self, visit: int, batch: int) -> Call:
+        """What the model calls the block with on that visit, all visits before it having been received."""
+        kept = self._calls[batch][visit] if self.route.plain else None
+        if kept is None:
+            tokens = self._windows[batch]
+            calls, _ = self.route.calls(self.model, tokens, lambda leaf: self._given(leaf, batch), end=visit)
+            if not self.route.plain:
+                return calls[visit]
+            _, kept = split(calls[visit])
+        return filled(kept, self._held[self._output_of(visit - 1)][batch])
+
+    def _given(self, leaf: Leaf, batch: int) -> Tensor | None:
+        held = self._held.get(leaf)
+        return None if held is None or batch >= len(held) else held[batch]
+
+    def leaves(self, visit: int, batch: int, block: nn.Module | None = None) -> list:
+        """What the visit gives for one batch; with another block in the place of the model's."""
+        return self.route.call(visit, block or self.block(visit), self.arguments(visit, batch))
+
+    def output(self, visit: int, batch: int) -> Tensor:
         """The block's output for one batch, (B, S, d)."""
-        return _hidden_of(_call(self.model.blocks[block], self.hidden[batch], self.calls[batch][block]))
+        return self.leaves(visit, batch)[self.route.hidden[visit]]
+
+    def receive(self, visit: int, batch: int, leaves: list) -> None:
+        """Keep of what a visit gave what the model goes on with."""
+        if batch == 0:
+            self._make_room(visit)
+        for place, value in enumerate(leaves):
+            if (visit, place) in self._held:
+                self._held[visit, place].put(batch, value)
+
+    def _output_of(self, visit: int) -> Leaf:
+        return ENTRY if visit < 0 else self.route.output_of(visit)
+
+    def _wanted(self, leaf: Leaf) -> int:
+        return 0 if leaf == ENTRY else self.route.wanted(leaf)
+
+    def _make_room(self, visit: int) -> None:
+        """Places for what this visit gives, if need be those of what is wanted no more once it has its arguments."""
+        self._held = {leaf: held for leaf, held in self._held.items() if self._wanted(leaf) >= visit}
+        free = [held for leaf, held in self._held.items() if self._wanted(leaf) == visit]
+        for place, like in enumerate(self.route.leaves[visit]):
+            leaf = visit, place
+            if leaf in self.route.same_as or not (self._wanted(leaf) > visit or leaf == self._output_of(visit)):
+                continue
+            found = next((held for held in free if held.alike(like)), None)
+            free = [held for held in free if held is not found]
+            self._held[leaf] = found or self.hidden.empty()
+        self.hidden = self._held[self._output_of(visit)]
 
     @torch.no_grad()
     def collect(
-        self, block: int, matrices: list[Matrix], needs: str, dense: "Beside | None" = None
-    ) -> dict[str, InputStats]:
-        """Run every batch through the block as it stands and return these matrices' inputs' statistics by name.
+        self, visit: int, matrices: list[Matrix], needs: str, dense: "Beside | None" = None
+    ) -> tuple[dict[str, InputStats], dict[str, str]]:
+        """Run every batch through the block as it stands and return these matrices' inputs' statistics by name, and
+        of those that have none why.
 
         What they read in the `dense` model, for the same tokens, goes into the cross Gram.
         """
         writer = dense.writer if dense is not None and dense.writer in matrices else None
         collector = Collector(matrices, needs, cross=dense is not None, whole=writer is not None)
-        module = self.model.blocks[block]
+        module, hidden = self.block(visit), self.route.hidden[visit]
         for batch in range(len(self)):
             with _watched([writer.module, dense.twins[writer.module]] if writer else []) as calls:
                 if dense is not None:
                     with collector.reference(dense.twins, dense.advances):
-                        beside = dense.output(batch)
+                        beside = dense.leaves(batch)
                 with collector.batch(module):
-                    output = self.output(block, batch)
+                    output = self.output(visit, batch)
+            if batch == 0 and collector.missed:
+                with collector.uncalled():
+                    self.output(visit, batch)
             if writer is not None:
                 (x, written), (_, written_beside) = calls[writer.module], calls[dense.twins[writer.module]]
-                gap = (beside - output).flatten(0, -2) - (written_beside - written).flatten(0, -2)  # before it wrote
+                gap = (beside[hidden] - output).flatten(0, -2)
+                gap -= (written_beside - written).flatten(0, -2)  # before it wrote
                 collector.stats[writer.name].add_residual(gap, x)
             if dense is not None and dense.advances:
-                dense.stream.hidden[batch] = beside
-        return collector.finish()
+                dense.stream.receive(visit, batch, beside)
+        return collector.finish(), collector.reasons(module)
 
     @torch.no_grad()
-    def writer(self, block: int, stage: list[Matrix]) -> Matrix | None:
+    def writer(self, visit: int, stage: list[Matrix]) -> Matrix | None:
         """The one matrix of the stage, if the block's output is its output added to something that ignores it."""
-        if len(stage) != 1 or stage[0].expert is not None:
+        if len(stage) != 1 or stage[0].expert is not None or not self._used_once(stage[0], visit):
             return None
 
         def nudge(_module: nn.Module, _args: tuple, output: Tensor) -> Tensor:
@@ -168,17 +195,21 @@ class Stream:
             return output + nudges[-1]
 
         nudges: list[Tensor] = []
-        before = self.output(block, 0)
+        before = self.output(visit, 0)
         hook = stage[0].module.register_forward_hook(nudge)
-        moved = (self.output(block, 0) - before).flatten(0, -2).float()  # whose norm half precision could not hold
+        moved = (self.output(visit, 0) - before).flatten(0, -2).float()  # whose norm half precision could not hold
         hook.remove()
         added = nudges[0].flatten(0, -2).float()
         # In half precision the sum is rounded; anything but a plain sum is further off than that.
         plain = added.shape == moved.shape and float((moved - added).norm() / added.norm()) < 0.02
         return stage[0] if ranks.from_first(lambda: plain) else None
 
+    def _used_once(self, matrix: Matrix, visit: int) -> bool:
+        whole = [m for m in self.model.matrices if m.name == matrix.name]
+        return len(whole[0].uses) == 1 and self.visits.count(self.visits[visit]) == 1
+
     @torch.no_grad()
-    def stages(self, block: int, matrices: list[Matrix]) -> list[list[Matrix]]:
+    def stages(self, visit: int, matrices: list[Matrix]) -> list[list[Matrix]]:
         """The matrices of a block by the order in which a pass reads their inputs.
 
         Together are those that read the same tensor, and all experts' of one kind; the same on every rank.
@@ -200,7 +231,7 @@ class Stream:
         with ExitStack() as stack:
             for module in dict.fromkeys(matrix.module for matrix in matrices):
                 stack.callback(module.register_forward_pre_hook(reached, with_kwargs=True).remove)
-            self.output(block, 0)
+            self.output(visit, 0)
         stage_of_kind = ranks.from_first(lambda: stage_of_kind)
         last = max(stage_of_kind.values(), default=0)
         stages: list[list[Matrix]] = [[] for _ in range(last + 1)]
@@ -209,21 +240,82 @@ class Stream:
         return stages
 
     @torch.no_grad()
-    def advance(self, block: int) -> None:
-        """Replace every batch's hidden state by the block's output."""
+    def advance(self, visit: int) -> None:
+        """Take every batch through the block as it stands."""
         for batch in range(len(self)):
-            self.hidden[batch] = self.output(block, batch)
+            self.receive(visit, batch, self.leaves(visit, batch))
 
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch's tokens (B, S) and last hidden state (B, S, d), once it went through every block."""
-        for tokens, hidden in zip(self._windows, self.hidden, strict=True):
-            with ExitStack() as stack:
-                for block, tail in zip(self.model.blocks, self._tails, strict=True):
-                    output = hidden if tail is None else (hidden, *tail)
-                    stack.enter_context(replaced_forward(block, lambda *_a, output=output, **_k: output))
-                last = self.model.hidden_states(tokens)
+        """Yield each batch's tokens (B, S) and last hidden state (B, S, d), once it made every visit."""
+        for batch, tokens in enumerate(self._windows):
+            _, last = self.route.calls(self.model, tokens, lambda leaf, batch=batch: self._given(leaf, batch))
             yield tokens, last
+
+
+@torch.no_grad()
+def _follow(model: LanguageModel, window: Tensor) -> Route:
+    """The route of a window (1, S) through the model. Raises RunError where the blocks called one by one along it do
+    not give what the model's own forward pass gives.
+    """
+
+    def refusal(why: str) -> RunError:
+        what = f"--model {model.name}: {type(model.model).__name__} cannot be pruned block by block"
+        return RunError(f"{what}: {why}; prune it with magnitude")
+
+    following = Following(model)
+    with _resident_in_forward(model), following:
+        last = model.hidden_states(window)
+    if following.changes_weights:
+        raise refusal("its forward pass changes its own weights")
+    if following.left_behind:
+        raise refusal("it reads what its blocks keep, which belongs to the window that they saw last")
+    if missed := set(range(len(model.blocks))) - set(following.route.visits):
+        raise refusal(f"its forward pass does not reach block {min(missed)}")
+    route = following.end(last)
+    order = [route.last_visit(block) for block in range(len(model.blocks))]
+    if order != sorted(order):
+        raise refusal("its forward pass ends with its blocks in another order than they stand in")
+    if route.plain:
+        calls, found = route.calls(model, window, lambda leaf: following.output if leaf == route.end else None)
+        same = _same([split(call)[1] for call in calls], following.calls)
+    else:
+        same, found = _go_along(model, window, route)
+    if not (same and _same(found, last)):
+        raise refusal("its blocks called one after the other do not give what the whole model gives")
+    return route
+
+
+def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool, Tensor]:
+    """Whether a stream that receives what each visit of a forward pass gives has its arguments, and what it ends in."""
+    stream, same, visit = Stream(model, window, 1, route=route), True, -1
+    containers: list = []
+
+    def before(_module, args, kwargs):
+        nonlocal same, visit
+        visit += 1
+        same &= _same(stream.arguments(visit, 0), (args, kwargs))
+        containers.append(Containers((args, kwargs)))
+
+    def after(_module, _args, output):
+        given = (output, containers.pop().written())
+        stream.receive(visit, 0, tree_flatten(tree_map_only(Tensor, torch.clone, given) if route.writes else given)[0])
+
+    with _resident_in_forward(model), ExitStack() as stack:
+        for block in model.blocks:
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        model.hidden_states(window)
+    return same, next(stream.finish())[1]
+
+
+@contextmanager
+def _resident_in_forward(model: LanguageModel):
+    """While forward passes of the whole model may reach every block."""
+    with ExitStack() as stack:
+        for index in range(len(model.blocks)):
+            stack.enter_context(model.resident_in_forward(index))
+        yield
 
 
 def last_hidden_states(
@@ -238,9 +330,9 @@ def last_hidden_states(
             yield batch, model.hidden_states(batch)
         return
     stream = Stream(model, windows, batch_size, store)
-    for block in progress(range(len(model.blocks)), "evaluation", "block"):
+    for visit, block in enumerate(progress(stream.visits, "evaluation", "block")):
         with model.resident_block(block):
-            stream.advance(block)
+            stream.advance(visit)
     yield from stream.finish()
 
 
@@ -253,22 +345,6 @@ def _watched(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor,
             hook = module.register_forward_hook(lambda m, args, output: calls.__setitem__(m, (args[0], output)))
             stack.callback(hook.remove)
         yield calls
-
-
-def _split(args: tuple, kwargs: dict) -> tuple[Tensor, tuple[tuple, dict]]:
-    """A block's call as its hidden state and the rest."""
-    kwargs = dict(kwargs)
-    hidden = args[0] if args else kwargs.pop("hidden_states")
-    return hidden, (args[1:], kwargs)
-
-
-def _call(block: nn.Module, hidden: Tensor, call: tuple[tuple, dict]):
-    args, kwargs = call
-    return block(hidden, *args, **kwargs)
-
-
-def _hidden_of(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _share(new, old):
@@ -298,3 +374,9 @@ def _same(one, other) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return one == other if isinstance(one, (bool, int, float, str)) else True
+
+
+def _same_tensors(one, other) -> bool:
+    """Whether two calls are made of the very same tensors."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(a is b for a, b in pairs if isinstance(a, Tensor) or isinstance(b, Tensor))

@@ -46,9 +46,9 @@ def published_block(stream: Stream, block: int, needs: str) -> None:
         return hook
 
     hooks = [m.module.register_forward_hook(hook_of(m)) for m in matrices]
-    for hidden, calls in zip(stream.hidden, stream.calls, strict=True):
-        args, kwargs = calls[block]
-        module(hidden, *args, **kwargs)
+    for batch in range(len(stream)):
+        args, kwargs = stream.arguments(block, batch)
+        module(*args, **kwargs)
     for hook in hooks:
         hook.remove()
     stream.advance(block)

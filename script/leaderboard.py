@@ -98,7 +98,7 @@ def run_key(config: RunConfig) -> str:
 
 def _windows_of(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
-    return config.seed, config.nsamples, config.calib_data
+    return config.seed, config.nsamples, config.calib_data, config.add_bos
 
 
 class Board:
@@ -241,7 +241,14 @@ class Runner:
         self._tokenizer = load_tokenizer(self._source)
         self._texts = texts
         self._evaluation = {
-            text.column: evaluation_windows(text.data, self._tokenizer, seqlen=config.seqlen, limit=text.windows)
+            text.column: evaluation_windows(
+                text.data,
+                self._tokenizer,
+                seqlen=config.seqlen,
+                limit=text.windows,
+                add_bos=config.add_bos,
+                cache_dir=config.cache_dir,
+            )
             for text in texts
         }
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
@@ -284,7 +291,7 @@ class Runner:
             "windows", config.held_out, *_windows_of(config),
             measure=lambda: calibration_windows(
                 config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
-                held_out=config.held_out,
+                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
             ),
         )  # fmt: skip
         calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]

@@ -1,7 +1,11 @@
 """Fixtures of several test files."""
 
+from pathlib import Path
+
+import forking
 import pytest
 import torch
+from shared import MODEL
 
 from lib import precision
 
@@ -10,3 +14,18 @@ from lib import precision
 def exact_gradients(monkeypatch):
     """Gradients in float32 where the machine would take them in bfloat16."""
     monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory) -> Path:
+    """The embedded model in an ordinary folder, written by the command with nothing to remove.
+
+    Reading its GGUF file takes half a minute: this is the one time that the tests do.
+    """
+    out = tmp_path_factory.mktemp("embedded")
+    flags = ["--model", "smollm2", "--prune_method", "magnitude", "--sparsity_ratio", "0", "--no-eval_wikitext"]
+    folders = ["--cache_dir", str(MODEL.parent), "--save", str(out / "results"), "--save_model", str(out / "smollm2")]
+    done = forking.run("main.py", [*flags, *folders, "--device", "cpu", "--dtype", "float32"])
+    assert done.returncode == 0, done.stderr
+    assert "magnitude on smollm2:" in done.stdout
+    return out / "smollm2"

@@ -62,8 +62,8 @@ def watch_writes(at: int) -> None:
 if __name__ == "__main__":
     at, names = int(sys.argv[1]), Path(sys.argv[2])
     watch(esd, "squared_singular_values", at)
-    watch(stream, "_call", at)
-    watch(evaluate, "_negative_log_likelihood", at)
+    watch(stream.Stream, "leaves", at)
+    watch(evaluate, "_losses", at)
     watch_writes(at)
     status = cli.main(lambda config: results.summary(main.run(config)), sys.argv[3:])
     names.write_text("\n".join(EVENTS))

@@ -10,7 +10,6 @@ one sees torch's Python functions (`.device`, `.to`, `device=`), the other every
 """
 
 import contextlib
-import gc
 import os
 import sys
 import types
@@ -96,7 +95,6 @@ class PretendedGPUs:
 
     def start_counting(self) -> None:
         """Forget waits, moves and peaks."""
-        gc.collect()
         self.waits.clear()
         self.moved.clear()
         self.peak = Counter(self.live)

@@ -118,6 +118,43 @@ def test_a_budget_that_cannot_be_reached_is_refused(ratios, sparsity):
         fit_budget(ratios, {"a": 1, "b": 1}, sparsity)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "advice"),
+    [
+        ("ww", {"epsilon": 1.0}, "ask for less, or for --epsilon closer to 0"),
+        ("ramp", {"ramp_beta": 0.9}, "ask for less, or for --ramp_beta closer to 0"),
+        ("ramp", {"ramp_beta": -0.9}, "ask for less, or for --ramp_beta closer to 0"),
+    ],
+)
+def test_what_cannot_be_reached_names_the_allocations_own_flag(method, options, advice):
+    case = dataclasses.replace(problem([0.0] * 8 + [1.0], sparsity=0.7), options=options)
+    with pytest.raises(RunError) as error:
+        allocate(method, case)
+    assert str(error.value) == f"--sparsity_ratio 0.7: cannot be reached with every matrix between 0 and 0.99; {advice}"
+
+
+def test_a_budget_inside_a_block_that_cannot_be_reached_names_the_whole_runs_ratio():
+    case = problem([0.0, 1.0, 5.0, 6.0], sparsity=0.5, epsilon=1.0, mapping="mixed", per_block=2)
+    with pytest.raises(RunError, match=r"^--sparsity_ratio 0.5: cannot be reached .* --epsilon"):
+        allocate("ww", case)
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS)
+def test_allocations_without_a_parameter_have_no_flag_to_name(method, monkeypatch):
+    def solve(_problem):
+        raise RunError("cannot be reached")
+
+    monkeypatch.setitem(ALLOCATIONS._entries, method, dataclasses.replace(ALLOCATIONS[method], solve=solve))
+    with pytest.raises(RunError) as error:
+        allocate(method, problem([0.0, 1.0]))
+    flags = {
+        "ww": "epsilon", "owl": "owl_lambda", "dlp": "dlp_alpha", "lsa": "lsa_alpha", "ramp": "ramp_beta",
+        "search": "search_strength",
+    }  # fmt: skip
+    named = f", or for --{flags[method]} closer to 0" if method in flags else ""
+    assert str(error.value) == f"--sparsity_ratio 0.5: cannot be reached; ask for less{named}"
+
+
 def test_a_shift_meets_the_budget_by_hand():
     # keep = 0, 0.2, 0.6 with sizes 1, 1, 2 at S = 0.5: mean(keep) is 0.35.
     sizes = {"a": 1, "b": 1, "c": 2}

@@ -58,7 +58,9 @@ def test_experts_are_paired_by_the_pruned_models_routing(architecture):
 )
 def test_stages_follow_the_data(architecture, kinds):
     model = LanguageModel(tiny_model(architecture))
-    stages = Stream(model, tiny_tokens(), 2).stages(1, model.matrices_of(1))
+    stream = Stream(model, tiny_tokens(), 2)
+    stream.advance(0)
+    stages = stream.stages(1, model.matrices_of(1))
     named = [dict.fromkeys(m.name.rstrip("0123456789.").rpartition(".")[2] for m in stage) for stage in stages]
     assert [" ".join(names) for names in named] == kinds
 

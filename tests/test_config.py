@@ -23,7 +23,7 @@ DECIDING = {
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
-    "fisher": 0.5,
+    "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every",
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from shared import MODEL, needs_model
+from shared import needs_model
+from tiny import tiny_model
 
-from lib import find_source, load_model
+from lib import LanguageModel, RunError, esd, find_source, layer_quality, load_model
 from lib.esd import DegenerateSpectrumError, Spectrum, as_published
 from lib.metrics import METRICS
 
@@ -101,9 +102,9 @@ def test_early_rejection_loses_no_candidate():
 
 
 @pytest.fixture(scope="module")
-def real_matrices():
+def real_matrices(embedded):
     """Square, wide and tall matrices of the embedded model, as the metrics read them."""
-    model = load_model(find_source("smollm2", str(MODEL.parent)), device="cpu")
+    model = load_model(find_source(str(embedded)), device="cpu")
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
     matrices = [m for m in model.matrices if m.block in (0, 17) and m.name.endswith(kinds)]
     return [as_published(m.weight).float().clone() for m in matrices]
@@ -235,3 +236,21 @@ def test_signs_follow_what_noise_looks_like():
         if name in ("alpha_weighted", "log_alpha_norm"):  # products with a norm, which follows the scale
             continue
         assert metric.sign * metric.score(Spectrum(noise)) > metric.sign * metric.score(Spectrum(trained)), name
+
+
+@pytest.mark.parametrize("up_to", [0, 2560])
+def test_eigenvalues_that_do_not_converge_end_in_one_line_with_the_matrix(monkeypatch, up_to):
+    def torch_fails(*_args, **_options):
+        raise torch.linalg.LinAlgError("linalg.eigvalsh: failed to converge\nand more")
+
+    def scipy_fails(*_args, **_options):
+        raise np.linalg.LinAlgError("eigenvalues did not converge")
+
+    monkeypatch.setattr(esd, "SCIPY_UP_TO", up_to)  # the rows up to which scipy's are taken, else torch's
+    monkeypatch.setattr(torch.linalg, "eigvalsh", torch_fails)
+    monkeypatch.setattr(esd, "eigvalsh", scipy_fails)
+    model = LanguageModel(tiny_model("llama"))
+    first = model.matrices[0].name
+    with pytest.raises(RunError, match=rf"^{first}: no eigenvalues \(.*converge\); .*--device") as error:
+        layer_quality(model, "alpha_peak")
+    assert "\n" not in str(error.value)

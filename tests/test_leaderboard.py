@@ -1,12 +1,10 @@
 """script/leaderboard.py: what main.py gives, shared, resumed and summed up over seeds."""
 
 import csv
-import os
 import subprocess
-import sys
 
+import forking
 import pytest
-from shared import ROOT
 from test_bad_input import make_texts, save_tokenizer
 from tiny import tiny_model
 
@@ -37,12 +35,9 @@ def common(here) -> list[str]:
 
 
 def board(here, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "script/leaderboard.py", str(here / "list.txt"), "--save", str(here / "out")]
     texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"fewer={here / 'words.txt'}:4"]
-    return subprocess.run(
-        [*command, *texts, "--", *common(here), *more], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    list_and_place = [str(here / "list.txt"), "--save", str(here / "out")]
+    return forking.run("script/leaderboard.py", [*list_and_place, *texts, "--", *common(here), *more])
 
 
 def rows(here) -> dict[str, dict]:
@@ -73,9 +68,8 @@ def test_each_run_is_what_the_command_gives(here, done, tmp_path):
 
 
 def test_texts_of_one_name_are_refused(here):
-    command = [sys.executable, "script/leaderboard.py", str(here / "list.txt"), "--save", str(here / "twice")]
     texts = ["--eval_data", "pydoc:1", "pydoc:2"]
-    refused = subprocess.run([*command, *texts], cwd=ROOT, capture_output=True, text=True, check=False)
+    refused = forking.run("script/leaderboard.py", [str(here / "list.txt"), "--save", str(here / "twice"), *texts])
     assert refused.returncode == 1
     assert refused.stderr == "leaderboard.py: error: --eval_data: two texts have one name; give names, NAME=DATA\n"
 

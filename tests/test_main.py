@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import forking
 import pytest
 import torch
 import transformers
-from shared import MODEL, ROOT, SHARED, needs_model, needs_shared
+from safetensors.torch import load_file
+from shared import ROOT, SHARED, needs_model, needs_shared
 from tiny import tiny_model
 
 import main
@@ -18,21 +20,22 @@ from lib.config import prune_methods
 
 pytestmark = needs_model
 
-SMALL = ["--model", "smollm2", "--calib_data", "pydoc", "--eval_data", "pydoc", "--seqlen", "128", "--nsamples", "8"]
-SMALL += ["--eval_windows", "4"]
+SMALL = ["--calib_data", "pydoc", "--eval_data", "pydoc", "--seqlen", "128", "--nsamples", "4", "--eval_windows", "4"]
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:
+    """In a process of its own, with a thread a core: a real model is worth them."""
     run = [sys.executable, "main.py", *flags]
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CI": "1"})
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, embedded):
     """One whole run with everything on: (stdout, run.json, folders)."""
     out = tmp_path_factory.mktemp("main")
     flags = ["--prune_method", "wanda_ww", "--sparsity_ratio", "0.5", "--eval_dense", "--save", str(out / "results")]
-    done = command(*SMALL, *flags, "--save_model", str(out / "pruned"), "--WW_metric_cache", str(out / "metric"))
+    folders = ["--save_model", str(out / "pruned"), "--WW_metric_cache", str(out / "metric")]
+    done = command("--model", str(embedded), *SMALL, *flags, *folders)
     assert done.returncode == 0, done.stderr
     folder = next(path for path in (out / "results").iterdir() if path.is_dir())
     return done, json.loads((folder / "run.json").read_text()), out
@@ -58,9 +61,9 @@ def test_run_json_holds_what_the_design_says(run):
     assert record["events"] == []
 
 
-def test_log_and_table(run):
+def test_log_and_table(run, embedded):
     done, _, _ = run
-    assert "wanda_ww on smollm2: 50.00%" in done.stdout
+    assert f"wanda_ww on {embedded}: 50.00%" in done.stdout
     assert sum("pruning 7 matrices to" in line for line in done.stderr.splitlines()) == 30
     assert "\r" not in done.stderr.partition("smollm2: 30 blocks")[2]  # bars are for terminals
 
@@ -84,10 +87,11 @@ def test_checkpoint_loads_without_this_project(run):
     assert (out / "pruned" / "generation_config.json").is_file()
 
 
-def test_second_run_reads_the_cache_and_quiet_is_quiet(run):
+def test_second_run_reads_the_cache_and_quiet_is_quiet(run, embedded):
     _, record, out = run
-    flags = ["--prune_method", "magnitude_ww", "--sparsity_ratio", "0.5", "--save", str(out / "results")]
-    done = command(*SMALL, *flags, "--no-eval_wikitext", "--quiet", "--WW_metric_cache", str(out / "metric"))
+    flags = ["--prune_method", "magnitude_ww", "--sparsity_ratio", "0.5", "--save", str(out / "results"), "--quiet"]
+    flags += ["--no-eval_wikitext", "--WW_metric_cache", str(out / "metric")]
+    done = forking.run("main.py", ["--model", str(embedded), *SMALL, *flags])
     assert done.returncode == 0
     assert done.stderr == ""
     folder = next(path for path in (out / "results").iterdir() if path.name.startswith("magnitude_ww"))
@@ -127,8 +131,8 @@ def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder,
         assert layer["sparsity"] == pytest.approx(layer["target_sparsity"], abs=0.51 / (32 * 16))
         if sparsity_type != "unstructured":
             group = int(sparsity_type[2:])
-            weight = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").get_submodule(layer["name"])
-            zeros = (weight.weight.reshape(-1, group) == 0).sum(1)
+            weight = load_file(tmp_path / "pruned" / "model.safetensors")[f"{layer['name']}.weight"]
+            zeros = (weight.reshape(-1, group) == 0).sum(1)
             assert (zeros == round(layer["target_sparsity"] * group)).all()
             break
     if method.endswith("_ww"):
@@ -182,27 +186,18 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
 
 
 @needs_shared
-def test_dense_perplexity_is_the_published_codes(tmp_path):
+def test_dense_perplexity_is_the_published_codes(tmp_path, embedded):
     """29.935 on the first 64 windows of 512 of WikiText-2 test; 8 of them here, against transformers' own loss."""
     config = RunConfig(
-        model="smollm2",
-        cache_dir=str(MODEL.parent),
-        prune_method="magnitude",
-        sparsity_ratio=0.0,
-        seqlen=512,
-        eval_windows=8,
-        eval_data=str(SHARED / "data/wikitext-2-raw-v1/test.jsonl"),
-        save=str(tmp_path),
-        device="cpu",
-    )
+        model=str(embedded), prune_method="magnitude", sparsity_ratio=0.0, seqlen=512, eval_windows=8, device="cpu",
+        eval_data=str(SHARED / "data/wikitext-2-raw-v1/test.jsonl"), save=str(tmp_path),
+    )  # fmt: skip
     record = main.run(config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL, gguf_file=next(MODEL.glob("*.gguf")).name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded)
     rows = (SHARED / "data/wikitext-2-raw-v1/test.jsonl").read_text().splitlines()
     text = "\n\n".join(json.loads(row)["text"] for row in rows)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : 8 * 512].view(8, 512)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        MODEL, gguf_file=next(MODEL.glob("*.gguf")).name, dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
     with torch.no_grad():
         losses = [model(window[None], labels=window[None]).loss for window in tokens]
     assert record["perplexity"]["pruned"] == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)

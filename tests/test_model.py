@@ -1,10 +1,15 @@
+import contextlib
+
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from shared import MODEL, needs_model
 from tiny import tiny_model
 
-from lib import LanguageModel, RunError, find_source
+import main
+from lib import LanguageModel, Pattern, RunError, find_source
+from lib.config import RunConfig
 from lib.load import choose_device, choose_dtype, load_model, load_tokenizer, window_limit
 
 
@@ -53,6 +58,79 @@ def test_digest_follows_the_weights():
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(RunError, match="no list of decoder blocks"):
         LanguageModel(torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.Linear(4, 4)))
+
+
+def config_folder(config, folder) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": True, "save_model": "out"}, {"analyze_only": True}])
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.BartConfig(), "encoder-decoder"),
+        (transformers.Qwen2_5_VLConfig(), "no causal LM to transformers' AutoModelForCausalLM"),
+        (transformers.ViTConfig(), "no causal LM to transformers' AutoModelForCausalLM"),
+    ],
+)
+def test_what_is_no_causal_lm_is_refused_on_every_path(config, says, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = {"prune_method": "magnitude", "sparsity_ratio": 0.5} if "analyze_only" not in options else {}
+    with pytest.raises(RunError, match=says) as raised:
+        main.run(RunConfig(model=config_folder(config, tmp_path / "model"), **flags, **options))
+    assert "\n" not in str(raised.value)
+    assert "--model" in str(raised.value)
+
+
+def test_a_model_that_reads_ahead_is_refused():
+    config = transformers.BertConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LanguageModel(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(RunError, match=r'is no causal LM as it is.*"is_decoder": true'):
+        model.check(Pattern())
+    LanguageModel(tiny_model("bert")).check(Pattern())  # with it
+
+
+def test_logits_from_more_than_the_last_hidden_state_are_refused():
+    hf = tiny_model("llama")
+    forward = hf.forward
+    hf.forward = lambda *args, **kwargs: forward(*args, **kwargs) if hf.model(*args, **kwargs).past_key_values else None
+    with pytest.raises(RunError, match="from more than its last hidden state"):
+        LanguageModel(hf).check(Pattern())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_several_lists_of_blocks_come_in_the_order_of_the_forward(streamed):
+    config = transformers.XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4, causal=True)
+    with init_empty_weights() if streamed else contextlib.nullcontext():
+        model = LanguageModel(transformers.AutoModelForCausalLM.from_config(config))
+    kinds = ("attentions", "ffns")
+    assert model.block_names == [f"transformer.{kind}.{index}" for index in range(2) for kind in kinds]
+    assert len(model.matrices) == 2 * (4 + 2)
+    assert all(parameter.is_meta == streamed for parameter in model.model.parameters())
+    assert type(model.body).__name__ == "XLMModel"
+
+
+def test_a_list_that_text_does_not_reach_holds_no_blocks():
+    """Encoders of images and sounds beside the text's blocks, in one body."""
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.GitConfig(
+        vision_config=vision | {"image_size": 28, "patch_size": 14}, vocab_size=96, hidden_size=32,
+        intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    )  # fmt: skip
+    model = LanguageModel(transformers.AutoModelForCausalLM.from_config(config))
+    assert model.block_names == ["git.encoder.layer.0", "git.encoder.layer.1"]
+
+
+def test_lists_whose_order_no_forward_tells_are_refused():
+    config = transformers.XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4)
+    hf = transformers.AutoModelForCausalLM.from_config(config)
+    hf.transformer.forward = lambda *_a, **_k: 1 / 0
+    with pytest.raises(RunError, match=r"several lists of blocks \(transformer.attentions, transformer.ffns\)"):
+        LanguageModel(hf)
 
 
 def test_coverage_is_the_share_of_all_parameters():
@@ -116,18 +194,14 @@ def test_remote_code_needs_permission(tmp_path):
 
 
 @needs_model
-def test_gguf_becomes_an_ordinary_model(tmp_path):
-    source = find_source("smollm2", str(MODEL.parent))
-    model = load_model(source, device="cpu", tokenizer=load_tokenizer(source))
+def test_gguf_becomes_an_ordinary_model(embedded):
+    model = load_model(find_source(str(embedded)), device="cpu")
     assert len(model.blocks) == 30
     assert len(model.matrices) == 210
     assert model.coverage == pytest.approx(0.789, abs=1e-3)
-    model.model.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert getattr(config, "quantization_config", None) is None
-    text = "It's 3,14 café\n\n = x ="
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == model.tokenizer(text).input_ids
+    assert getattr(model.model.config, "quantization_config", None) is None
+    text, tokenizer = "It's 3,14 café\n\n = x =", load_tokenizer(find_source("smollm2", str(MODEL.parent)))
+    assert transformers.AutoTokenizer.from_pretrained(embedded)(text).input_ids == tokenizer(text).input_ids
 
 
 def test_a_pickled_checkpoint_is_not_executed(tmp_path):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from shared import MODEL, SHARED, needs_model, needs_shared
+from shared import SHARED, needs_model, needs_shared
 from tiny import tiny_model
 
 from lib import LanguageModel, Problem, RunError, allocate, find_source, layer_quality, load_model
@@ -13,10 +13,10 @@ from lib.results import MetricCache
 
 @needs_model
 @needs_shared
-def test_embedded_model_agrees_with_the_published_estimator():
+def test_embedded_model_agrees_with_the_published_estimator(embedded):
     """All 210 matrices to 1e-3 relative, and the block-wise sparsities that follow."""
     reference = json.loads((SHARED / "reference" / "smollm2-135m.json").read_text())
-    model = load_model(find_source("smollm2", str(MODEL.parent)), device="cpu")
+    model = load_model(find_source(str(embedded)), device="cpu")
     found_scores = layer_quality(model, "alpha_peak", "alpha_mid")
     for metric, scores in found_scores.items():
         assert list(scores) == list(reference[metric])

@@ -81,8 +81,8 @@ def test_checkpoint_that_lost_zeros_on_the_way_is_refused(tmp_path, model, monke
     first.write(torch.zeros(first.shape))
     own = model.model.save_pretrained
 
-    def corrupt(folder):
-        own(folder)
+    def corrupt(folder, **options):
+        own(folder, **options)
         file = next(folder.glob("*.safetensors"))
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 

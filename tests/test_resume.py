@@ -85,7 +85,7 @@ def test_a_resumed_run_says_so_and_skips_what_is_done(here, uninterrupted):
     assert done.stderr.count("pruning 7 matrices") == 1
     second = (here / "second").read_text().splitlines()
     assert "squared_singular_values" not in second
-    assert second.count("_call") < events.count("_call")
+    assert second.count("leaves") < events.count("leaves")
     assert result_of(out) == uninterrupted[:2]
 
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tiny import ARCHITECTURES, tiny_model
 
-from lib import LanguageModel, RunError, find_source, layer_quality, results
+from lib import LanguageModel, RunError, find_source, layer_quality
 from lib.load import open_model
 from lib.shards import ShardedModel
 
@@ -90,14 +90,11 @@ def test_another_shape_is_an_error(folder):
         layer_quality(open_model(find_source(str(path)), "cpu"), "alpha_mid")
 
 
-def test_without_safetensors_there_is_nothing_to_open(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.results.checkpoint.load_tokenizer", lambda source: None)
+def test_bin_files_are_read_in_parts_too(folder, tmp_path):
     path = folder("llama")
     shutil.copytree(path, tmp_path / "bin", ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(tiny_model("llama").state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     source = find_source(str(tmp_path / "bin"), str(tmp_path / "cache"))
-    with pytest.raises(RunError, match="no safetensors"):
-        open_model(source, "cpu")
-    converted = open_model(results.as_safetensors(source), "cpu")
-    assert converted.digest == LanguageModel(tiny_model("llama")).digest
-    assert converted.name == str(tmp_path / "bin")
+    opened = open_model(source, "cpu")
+    assert opened.digest == LanguageModel(tiny_model("llama")).digest
+    assert not (tmp_path / "cache").exists()

@@ -163,12 +163,14 @@ def test_activations_in_a_file_are_those_in_memory(tmp_path):
     from lib.activations import Activations
 
     batches = [torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(1, 5, 3)]
-    kept = [Activations(torch.device("cpu"), 5, store) for store in (None, Store(tmp_path, 10**9), Store(tmp_path, 0))]
+    kept = [
+        Activations(torch.device("cpu"), 5, 2, store) for store in (None, Store(tmp_path, 10**9), Store(tmp_path, 0))
+    ]
     for batch in batches:
         for activations in kept:
-            activations.append(batch)
+            activations.put(len(activations), batch)
     for activations in kept:
-        activations[1] = activations[1] * 2
+        activations.put(1, activations[1] * 2)
     for activations in kept:
         assert torch.equal(torch.cat(list(activations)), torch.cat([batches[0], batches[1] * 2, batches[2]]))
     assert kept[2]._mapped is not None

@@ -57,7 +57,7 @@ def test_only_results_writes_files():
 def test_only_model_knows_architectures():
     known = re.compile(r"\b(llama|opt|gpt2|falcon|mixtral|qwen|gemma|phi3?|Conv1D)\b", re.IGNORECASE)
     for path in FILES:
-        if path.name == "model.py":
+        if path.name in ("model.py", "experts.py"):
             continue
         tree = ast.parse(path.read_text())
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {

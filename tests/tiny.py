@@ -7,8 +7,12 @@ _COMMON = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "max_p
 _LLAMA = {**_COMMON, "intermediate_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SSM = {"hidden_size": 32, "vocab_size": 96, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 8}
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
 # name -> (configuration class, its arguments, prunable matrices in each block)
-ARCHITECTURES = {
+CLASSIC = {
     "llama": (transformers.LlamaConfig, _LLAMA, 7),
     "llama_tied": (transformers.LlamaConfig, {**_LLAMA, "tie_word_embeddings": True}, 7),
     "mistral": (transformers.MistralConfig, {**_LLAMA, "sliding_window": 8}, 7),
@@ -55,6 +59,153 @@ ARCHITECTURES = {
         4 + 2 * 4 + 3,
     ),
 }
+
+# As above; where the blocks differ, a number for each.
+FURTHER = {
+    "llama4": (
+        transformers.Llama4TextConfig,
+        {
+            **_LLAMA,
+            **_IDS,
+            "intermediate_size_mlp": 48,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+        4 + 2 * 4 + 3,
+    ),
+    "dbrx": (
+        transformers.DbrxConfig,
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            "vocab_size": 96,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        },
+        2 + 3 * 4,
+    ),
+    "jetmoe": (
+        transformers.JetMoeConfig,
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2},
+        1 + 2 * 4 + 2 * 4,
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {**_LLAMA, **_IDS, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+        4 + 2 * 4,
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        {
+            **_LLAMA,
+            **_MOE,
+            **_MLA,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        [5 + 3, 5 + 2 * 4 + 3, 5 + 2 * 4 + 3],
+    ),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        {
+            **_LLAMA,
+            **_MOE,
+            "head_dim": 8,
+            "num_experts": 4,
+            "shared_expert_intermediate_size": 40,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        },
+        [3 + 2 * 4 + 3, 3 + 2 * 4 + 3, 4 + 2 * 4 + 3],
+    ),
+    "gemma3_multimodal": (
+        transformers.Gemma3Config,
+        {
+            "text_config": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "initializer_range": 0.15},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "boi_token_index": 1,
+            "eoi_token_index": 2,
+            "image_token_index": 0,
+        },
+        7,
+    ),
+    "bert": (
+        transformers.BertConfig,
+        {**_COMMON, "intermediate_size": 48, "num_hidden_layers": 3, "is_decoder": True},
+        6,
+    ),
+    "gptj": (
+        transformers.GPTJConfig,
+        {"vocab_size": 96, "n_embd": 32, "n_head": 4, "n_layer": 3, "n_positions": 64, "rotary_dim": 8},
+        6,
+    ),
+    "bloom": (transformers.BloomConfig, {"vocab_size": 96, "hidden_size": 32, "n_head": 4, "n_layer": 3}, 4),
+    "cohere2": (transformers.Cohere2Config, {**_LLAMA, "sliding_window": 8}, 7),
+    "rwkv": (
+        transformers.RwkvConfig,
+        {
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "attention_hidden_size": 32,
+            "num_hidden_layers": 3,
+            "context_length": 64,
+        },
+        7,
+    ),
+    "mamba2": (transformers.Mamba2Config, {**_SSM, "n_groups": 2, "expand": 2, "chunk_size": 8}, 2),
+    "falcon_h1": (
+        transformers.FalconH1Config,
+        {
+            **_LLAMA,
+            "head_dim": 8,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_ssm": 64,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+        },
+        4 + 2 + 3,
+    ),
+    "zamba": (  # whose attention and feed-forward are shared by two blocks
+        transformers.ZambaConfig,
+        {
+            **_COMMON,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 4,
+            "attention_head_dim": 16,
+            "attention_hidden_size": 64,
+            "n_mamba_heads": 2,
+            "mamba_dt_rank": 4,
+            "mamba_d_state": 8,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "use_mamba_kernels": False,
+            "tie_word_embeddings": True,  # without it transformers shares nothing
+        },
+        [2, 2 + 1, 2, 2 + 1 + 7],
+    ),
+}
+ARCHITECTURES = CLASSIC | FURTHER
 
 
 def tiny_model(architecture: str, seed: int = 0, **changed) -> torch.nn.Module:

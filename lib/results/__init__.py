@@ -1,7 +1,7 @@
 """Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
 
 from .cache import MetricCache, metric_folder
-from .checkpoint import MARK, as_safetensors, save_checkpoint
+from .checkpoint import MARK, as_safetensors, describe_checkpoint, save_checkpoint
 from .journal import Journal
 from .report import write_report
 from .run import (
@@ -26,6 +26,7 @@ __all__ = [
     "append_result",
     "as_safetensors",
     "build_record",
+    "describe_checkpoint",
     "layer_records",
     "metric_folder",
     "prepare",

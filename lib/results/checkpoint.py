@@ -4,18 +4,26 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+import os
 import shutil
-import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
-import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from .. import ranks
+from .. import generation, ranks
+from ..checkpoints import headers
+from ..config import RunConfig
 from ..errors import RunError
-from ..load import Source, find_source, load_config, load_model, load_tokenizer, safetensors_files
+from ..load import Source, find_source, load_model, load_tokenizer
 from ..model import LanguageModel
-from .files import write_text
+from ..storage import as_saved, settle
+from .card import model_card
+from .files import remove, share, write_text
+from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -26,28 +34,30 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     """Write an ordinary Hugging Face checkpoint (safetensors, tokenizer, generation config), whole or not at all; on
     the first rank.
 
-    It is read again before it takes its name: RunError where it does not hold the zeros that the model holds.
-    `record` (run.json without the layers) is put beside it as alphapruning.json.
+    Every tensor is saved in the dtype that the model says, and has the values of that dtype from then on. It is read
+    again before it takes its name: RunError where it does not hold the zeros that the model holds, and for values
+    that the dtype cannot hold. `record` (run.json without the layers) is put beside it as alphapruning.json.
     """
     folder = Path(folder)
+    state = model.state()
+    for message in settle(state, model.saved_as):
+        log.warning("%s", message)
     if not ranks.first():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        make_savable(model.model.generation_config)
-        model.model.save_pretrained(temporary)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(temporary)
-        write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
-        written, held = _zeros_on_disk(temporary), _zeros_in_memory(model)
-        if written != held:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        state = as_saved(state, model.saved_as)
+        held = _zeros(state)
+        write_model(model, state, temporary)
+        complete(temporary)
+        if (written := _zeros_on_disk(temporary)) != held:
             raise RunError(
                 f"--save_model {folder}: holds {written} zeros where the model has {held}; is the disk sound?"
             )
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
+        write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
+        remove(folder)
         temporary.replace(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -57,24 +67,56 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     log.info("checkpoint saved and read again: %s", folder)
 
 
+def write_model(model: LanguageModel, state: dict[str, Tensor], folder: Path, **options) -> None:
+    """Write these tensors of the model, its configurations and its tokenizer."""
+    inner = model.model
+    inner.generation_config, why = generation.savable(getattr(inner, "generation_config", None))
+    if why:
+        log.warning("%s", why)
+    inner.save_pretrained(folder, state_dict=state, **options)
+    if model.tokenizer is not None:
+        save_tokenizer(model.tokenizer, folder)
+
+
+def complete(folder: Path) -> None:
+    """Make what is in a checkpoint's folder consistent: config.json names the dtype that most of the weights have, and
+    every file can be read by whoever can read others there.
+    """
+    sizes: Counter[str] = Counter()
+    for header in headers(sorted(folder.glob("*.safetensors")), str(folder)).values():
+        if header.dtype is not None:
+            sizes[str(header.dtype).removeprefix("torch.")] += math.prod(header.shape)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        if "dtype" in part:
+            part["dtype"] = sizes.most_common(1)[0][0]
+    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in folder.iterdir():
+        share(path)
+
+
+def describe_checkpoint(config: RunConfig, record: dict) -> None:
+    """Put beside the weights that a run has saved how they were made: run.json without its layers, and a card."""
+    folder = Path(config.save_model)
+    write_text(folder / MARK, json.dumps(without_layers(record), indent=1) + "\n")
+    write_text(folder / "README.md", model_card(config, record))
+
+
 def as_safetensors(source: Source) -> Source:
-    """The model as safetensors files: where it is in any other form, converted once under its cache_dir.
+    """The model in files that can be read in parts: a GGUF file converted, once, under its cache_dir.
 
     Conversion loads the model whole.
     """
-    if safetensors_files(source):
+    if not source.gguf:
         return source
-    if source.gguf:
-        file = Path(source.path) / source.gguf
-        origin, dtype = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}", "float32"
-    else:
-        origin, dtype = source.path, str(load_config(source).dtype or "float32").removeprefix("torch.")
+    file = Path(source.path) / source.gguf
+    origin = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
     key = hashlib.sha256(origin.encode()).hexdigest()[:12]
     folder = Path(source.cache_dir) / "converted" / f"{Path(source.name).stem}-{key}"
-    if not (folder / MARK).is_file():
-        log.info("%s: converted once to safetensors in %s", source.name, folder)
-        if ranks.first():
-            save_checkpoint(load_model(source, "cpu", dtype, load_tokenizer(source)), folder)
+    if not (folder / MARK).is_file() and ranks.first():
+        log.info("%s: is read whole, once, to be converted", source.name)
+        save_checkpoint(load_model(source, "cpu", "float32", load_tokenizer(source)), folder)
+        log.info("%s: converted to safetensors in %s", source.name, folder)
     ranks.barrier()
     return dataclasses.replace(find_source(str(folder), source.cache_dir), name=source.name)
 
@@ -82,18 +124,6 @@ def as_safetensors(source: Source) -> Source:
 def without_layers(record: dict) -> dict:
     """run.json as it is put into a checkpoint."""
     return {key: value for key, value in record.items() if key != "layers"}
-
-
-def make_savable(config: transformers.GenerationConfig | None) -> None:
-    """transformers refuses to save what some models on the hub have: a temperature with sampling off."""
-    try:
-        if config is not None:
-            config.validate(strict=True)
-    except ValueError as error:
-        log.warning(
-            "generation config: do_sample set, as it could not be saved otherwise (%s)", str(error).split("\n")[0]
-        )
-        config.do_sample = True
 
 
 def _zeros_on_disk(folder: Path) -> int:
@@ -107,7 +137,7 @@ def _zeros_on_disk(folder: Path) -> int:
     return zeros
 
 
-def _zeros_in_memory(model: LanguageModel) -> int:
-    """Zeros in all tensors of the model's state, tied ones counted once."""
-    tensors = {(t.data_ptr(), t.shape): t for t in model.model.state_dict().values()}
+def _zeros(state: Mapping[str, Tensor]) -> int:
+    """Zeros in all tensors, what shares storage counted once."""
+    tensors = {(t.data_ptr(), t.shape): t for t in state.values()}
     return sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors.values())

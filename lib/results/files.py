@@ -32,6 +32,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        share(temporary)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -39,6 +40,16 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the mode that any new file in its folder gets; some libraries write theirs for the owner alone."""
+    probe = path.with_name(f".{path.name}.mode")
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -11,8 +11,8 @@ from .. import ranks
 from ..config import RunConfig
 from ..errors import RunError
 from ..shards import ShardedModel
-from ..stats import InputStats
-from .checkpoint import MARK, make_savable, without_layers
+from ..storage import as_saved
+from .checkpoint import MARK, complete, write_model
 from .files import check_folder, remove, write_file, write_text
 from .run import run_folder
 
@@ -109,15 +109,15 @@ class Journal:
         write_text(path, json.dumps(value) + "\n")
         return value
 
-    def commit(self, block: int, stats: dict[str, InputStats], events: list[dict]) -> None:
-        """Write the pruned block, which is resident, and then its record."""
+    def commit(self, block: int, seen: dict[str, dict], events: list[dict]) -> None:
+        """Write the pruned block, which is resident, and then its record: what was `seen` of its inputs, by matrix."""
         from transformers.core_model_loading import revert_weight_conversion  # a second to import
 
         name = self._shard_name(block + 1)
-        state = revert_weight_conversion(self._model.model, self._model.block_state(block))
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in state.items()}
+        state = as_saved(self._model.block_state(block), self._model.saved_as)
+        state = revert_weight_conversion(self._model.model, state)
+        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         write_file(self._where / name, lambda path: save_file(tensors, path, {"format": "pt"}))
-        seen = {key: {"tokens": s.tokens, "sum_squares": float(s.sum_squares.sum())} for key, s in stats.items()}
         record = {"block": block, "file": name, "events": events, "statistics": seen}
         write_text(self._record_path(block), json.dumps(record, indent=1) + "\n")
         self._records.append(record)
@@ -143,11 +143,8 @@ class Journal:
         model, name = self._model, self._shard_name(0)
         scratch = self._partial / ".rest"
         remove(scratch)
-        make_savable(model.model.generation_config)
         try:
-            model.model.save_pretrained(scratch, state_dict=model.rest(), max_shard_size="1000GB")
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(scratch)
+            write_model(model, as_saved(model.rest(), model.saved_as), scratch, max_shard_size="1000GB")
             for path in sorted(scratch.iterdir()):
                 path.rename(self._partial / (name if path.suffix == ".safetensors" else path.name))
             scratch.rmdir()
@@ -160,9 +157,9 @@ class Journal:
             size += file.stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         write_text(self._partial / INDEX, json.dumps(index, indent=1) + "\n")
+        complete(self._partial)
 
-    def close(self, record: dict) -> None:
-        """The run is over: note in the checkpoint how it was made, and forget the way here."""
-        write_text(self._target / MARK, json.dumps(without_layers(record), indent=1) + "\n")
+    def close(self) -> None:
+        """The run is over: forget the way here."""
         ranks.barrier()
         remove(self._folder)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -222,6 +223,8 @@ def summary(record: dict) -> str:
     lines += ["", f"Results: {folder}/ (run.json, layers.csv{pictures})"]
     if config["save_model"]:
         lines.append(f"Pruned model: {config['save_model']}/")
+    if record["model"].get("stays_dense"):
+        lines += ["", record["model"]["stays_dense"]]
     return "\n".join(lines)
 
 
@@ -243,6 +246,12 @@ def _pruning_lines(record: dict) -> list[str]:
         name = f"perplexity, {Path(perplexity['dataset']).name}"
         lines.append(f"{name[:28]:28}{dense:>10}{perplexity['pruned']:>10.3f}")
         lines.append(f"{'  (lower is better)':28}")
+    if (bos := model.get("bos")) and bos["helps"]:
+        lines += [
+            "",
+            f"Without BOS in front of every window these perplexities mean little: the model's loss on one is "
+            f"{bos['loss_without_bos']:.3f}, with BOS {bos['loss_with_bos']:.3f}. Give --add_bos every.",
+        ]
     return lines
 
 
@@ -251,11 +260,11 @@ def _analysis_lines(record: dict) -> list[str]:
     metrics = record["config"]["ww_metric"]
     first, model = metrics[0], record["model"]
     members = by_block(record["layers"])
-    prefix = {block: f".{block}." for block in members}
 
     def extreme(block: int, choose) -> str:
         layer = choose(members[block], key=lambda layer: layer["scores"][first])
-        return f"{layer['name'].partition(prefix[block])[2]} {layer['scores'][first]:.3f}"
+        inside = re.split(r"\.\d+\.", layer["name"], maxsplit=1)[-1]  # of the block
+        return f"{inside} {layer['scores'][first]:.3f}"
 
     widths = [max(12, len(metric) + 2) for metric in metrics]
     lines = [

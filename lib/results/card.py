@@ -1,0 +1,128 @@
+"""The model card of a pruned checkpoint: README.md, whose metadata block the hub reads."""
+
+import re
+import shlex
+from dataclasses import Field, fields
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..config import RunConfig, flag_of
+from ..load import EMBEDDED, EMBEDDED_HUB
+
+DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
+
+
+def model_card(config: RunConfig, record: dict) -> str:
+    """The card of a run's checkpoint, from its run.json; the same for the same result, whenever and wherever made."""
+    base, sparsity = base_model(config.model), record["sparsity"]
+    data = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "alphapruning", config.prune_method],
+        datasets=[DATASETS[config.calib_data]] if config.calibrated and config.calib_data in DATASETS else None,
+    )
+    name, folder = base or Path(config.model).name, Path(config.save_model).name
+    revision = record["model"]["revision"]
+    blocks = "\n".join(f"| {index} | {share:.4f} |" for index, share in enumerate(sparsity["blocks"]))
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {name}, {sparsity["achieved"]:.0%} pruned
+
+{sparsity["achieved"]:.2%} of the {record["model"]["prunable_parameters"]:,} prunable weights of {name}\
+{f" (revision {revision})" if revision else ""} are zero, removed by AlphaPruning with `{config.prune_method}`; \
+{record["model"]["coverage"]:.1%} of the model's parameters are prunable. It is an ordinary checkpoint, with the zeros \
+stored as any other value.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+## Perplexity
+
+{_perplexity(record["perplexity"])}
+
+## How it was made
+
+    {_command(config, folder)}
+
+with these settings:
+
+| setting | value |
+|---|---|
+{_settings(config)}
+
+`alphapruning.json` holds all of them, the versions of the libraries, and what happened on the way.
+
+## Sparsity by block
+
+| block | share of zeros |
+|---|---|
+{blocks}
+"""
+    return str(ModelCard(text))
+
+
+def base_model(model: str) -> str | None:
+    """The model's name on the hub, where it has one that can be told: given as --model, or that of a cached copy."""
+    if model == EMBEDDED:
+        return EMBEDDED_HUB
+    path = Path(model)
+    if path.exists():
+        cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{path.absolute()}/")
+        return "/".join(cached.groups()) if cached else None
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return model
+
+
+def _perplexity(measured: dict | None) -> str:
+    if measured is None:
+        return "Was not measured."
+    dense = f"{measured['dense']:.4f}" if measured["dense"] else "not measured"
+    name = Path(measured["dataset"]).name
+    return (
+        f"On `{name}`, {measured['windows']} windows of {measured['seqlen']} tokens (lower is better):\n\n"
+        f"| dense | pruned |\n|---|---|\n| {dense} | {measured['pruned']:.4f} |"
+    )
+
+
+def _command(config: RunConfig, folder: str) -> str:
+    """The command that makes the checkpoint again."""
+    words = ["python", "main.py"]
+    for item, value in _deciding(config):
+        if isinstance(value, bool):
+            words.append(flag_of(item) if value else f"--no-{item.name}")
+        elif value != item.default:
+            words += [flag_of(item), *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join([*words, "--save_model", folder])
+
+
+def _settings(config: RunConfig) -> str:
+    """A row for every flag that decided the result."""
+    rows = []
+    for item, value in _deciding(config):
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        rows.append(f"| `{flag_of(item)}` | {shown.replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def _deciding(config: RunConfig) -> list[tuple[Field, object]]:
+    """The fields that decided the run's result, with their values; of switches only those that were turned."""
+    unread, deciding = config.unread(), config.deciding()
+    values = [(item, getattr(config, item.name)) for item in fields(config) if item.name in deciding]
+    return [
+        (item, value)
+        for item, value in values
+        if item.name not in unread and value is not None and (value != item.default or not isinstance(value, bool))
+    ]
