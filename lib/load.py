@@ -188,11 +188,17 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
 
 
 def load_model(
-    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, save_dtype: str = "auto", *,
-    tokens: int = 0, copies: int = 0,
-) -> LanguageModel:  # fmt: skip
+    source: Source,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer=None,
+    save_dtype: str = "auto",
+    *,
+    held_tokens: int = 0,
+    copies: int = 0,
+) -> LanguageModel:
     """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
-    not fit on one with what a run of so many `tokens` and `copies` of its weights needs (lib/placement.py).
+    not fit on one with what a run needs that holds so many tokens and copies of its weights (lib/placement.py).
 
     It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """
@@ -203,8 +209,8 @@ def load_model(
     if shards:
         shards.check(whole=True)
     if device == "cuda" and torch.cuda.device_count() > 1:
-        empty = shards.model if shards else _empty(source, config, options["dtype"])
-        options["device_map"] = place(LanguageModel(empty), tokens, copies)
+        empty = shards.model if shards else _empty(source, options["dtype"])
+        options["device_map"] = place(LanguageModel(empty), held_tokens, copies)
     elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
         options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
@@ -224,14 +230,6 @@ def load_model(
     return _furnished(LanguageModel(model, tokenizer, name=source.name), source, shards, save_dtype)
 
 
-def _empty(source: Source, config, dtype: torch.dtype) -> torch.nn.Module:
-    """The model without values."""
-    with init_empty_weights():
-        return transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=source.trust_remote_code
-        )
-
-
 def open_model(
     source: Source, device: str = "auto", dtype: str = "float32", tokenizer=None, save_dtype: str = "auto"
 ) -> ShardedModel:
@@ -246,15 +244,22 @@ def open_model(
     return _furnished(ShardedModel(shards, device, tokenizer), source, shards, save_dtype)
 
 
-def _shards(source: Source, dtype: torch.dtype) -> Shards:
-    """What the files of the model hold, known to fit it, and the model without values."""
-    config, files = copy.deepcopy(load_config(source)), weight_files(source)
+def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without values."""
     try:
-        model = _empty(source, config, dtype)
+        with init_empty_weights():
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(load_config(source)), dtype=dtype, trust_remote_code=source.trust_remote_code
+            )
     except ValueError as error:  # a configuration of no causal LM
         reason = " ".join(str(error).split())
         raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error
-    shards = Shards(model, files, source.name, quantized.prepare(model, config))
+
+
+def _shards(source: Source, dtype: torch.dtype) -> Shards:
+    """What the files of the model hold, known to fit it, and the model without values."""
+    files, model = weight_files(source), _empty(source, dtype)
+    shards = Shards(model, files, source.name, quantized.prepare(model, copy.deepcopy(load_config(source))))
     model.tie_weights()
     shards.check()
     return shards

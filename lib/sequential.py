@@ -92,8 +92,7 @@ def prune_model(
             with clock("recover"):
                 weights = {matrix.stored for matrix in whole}
                 others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
-                forward = functools.partial(step.stream.output, step.visit)
-                recover(whole, forward, step.dense.hidden, others)
+                recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden, others)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
         for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
             log.warning("%s", message)

@@ -197,8 +197,7 @@ class Stream:
         nudges: list[Tensor] = []
         before = self.output(visit, 0)
         hook = stage[0].module.register_forward_hook(nudge)
-        # In float32, as half precision could not hold the norms.
-        moved = (self.output(visit, 0) - before).flatten(0, -2).float()
+        moved = (self.output(visit, 0) - before).flatten(0, -2).float()  # whose norm half precision could not hold
         hook.remove()
         added = nudges[0].flatten(0, -2).float()
         # In half precision the sum is rounded; anything but a plain sum is further off than that.

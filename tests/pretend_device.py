@@ -10,7 +10,6 @@ one sees torch's Python functions (`.device`, `.to`, `device=`), the other every
 """
 
 import contextlib
-import gc
 import os
 import sys
 import types
@@ -23,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -97,7 +97,6 @@ class PretendedGPUs:
 
     def start_counting(self) -> None:
         """Forget waits, moves and peaks."""
-        gc.collect()
         self.waits.clear()
         self.moved.clear()
         self.peak = Counter(self.live)
@@ -235,6 +234,7 @@ class _Functions(TorchFunctionMode):
                 Tensor.new_tensor, kwargs.pop("device", gpus.of(x)), (x, *args), kwargs
             ),
             Tensor.__deepcopy__: lambda x, memo: self._made(Tensor.__deepcopy__, gpus.of(x), (x, memo), {}),
+            F.one_hot: self._one_hot,
             Tensor.pin_memory: lambda x, *_: self._pinned(x.clone()),
             Tensor.is_pinned: lambda x, *_: getattr(x.untyped_storage(), "pinned", False),
         }
@@ -311,6 +311,13 @@ class _Functions(TorchFunctionMode):
         if out.requires_grad and out.grad_fn is not None:
             out.register_hook(back)
         return out
+
+    def _one_hot(self, x: Tensor, num_classes: int = -1) -> Tensor:
+        """As a GPU does it: without looking at the values, and with no zeros that C++ would lay on the CPU."""
+        if num_classes < 0:
+            raise NotImplementedError("one_hot without a number of classes")
+        with self._gpus.landing(self._gpus.of(x)):
+            return (x.unsqueeze(-1) == torch.arange(num_classes)).long()
 
     def _on_host(self, func, x: Tensor, *args, **kwargs):
         if self._gpus.of(x) != CPU:
