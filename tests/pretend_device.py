@@ -93,7 +93,6 @@ class PretendedGPUs:
         self.current = 0
         self.capturing: Graph | None = None
         self._landing: torch.device | None = None  # where the tensors that are made now go, whatever they are made of
-        self.home = CPU  # where those go that one of torch's functions makes of nothing on its way
 
     def start_counting(self) -> None:
         """Forget waits, moves and peaks."""
@@ -156,7 +155,7 @@ class PretendedGPUs:
         devices = [(tensor, self.of(tensor)) for tensor in given]
         on_gpu = [device for _, device in devices if device.type == "cuda"]
         if self._landing is not None or not on_gpu:
-            return self._landing or (CPU if given else self.home)
+            return self._landing or CPU
         host = [tensor for tensor, device in devices if device == CPU and tensor.dim()]
         if name in INDEXING and devices[0][1] == on_gpu[0] and host:
             self.wait("copy from the host")  # indices may lie there, and are fetched
@@ -248,12 +247,7 @@ class _Functions(TorchFunctionMode):
             if func in (torch.tensor, torch.as_tensor) and self._gpus.of(out) != CPU:
                 self._gpus.wait("copy from the host")
             return out
-        of_args = (self._gpus.of(value) for value in args if isinstance(value, Tensor))
-        before, self._gpus.home = self._gpus.home, next((device for device in of_args if device.type == "cuda"), CPU)
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self._gpus.home = before
+        return func(*args, **kwargs)
 
     def _device(self, *args, **kwargs) -> torch.device:
         return (
