@@ -28,6 +28,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = f"{ROOT}/lib/", f"{ROOT}/main.py"
 CPU = torch.device("cpu")
 TOTAL = 80 << 30  # bytes of a GPU
 
@@ -54,9 +55,8 @@ def line() -> str:
     """file:line of the innermost frame that belongs to the project."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT / "lib") or path == ROOT / "main.py":
-            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+        if frame.f_code.co_filename.startswith(PROJECT):
+            return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "outside"
 
