@@ -11,14 +11,13 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .errors import RunError
+from .errors import RunError, one_kind_of_failure
 from .masks import Pattern
 from .model import LanguageModel, Matrix
 from .precision import exact_products
 from .progress import progress
 from .pruners import PRUNERS, Pruner
 from .pruners.asymmetry import aim
-from .pruners.damping import one_kind_of_failure
 from .recovery import recover
 from .stats import InputStats
 from .stopwatch import Stopwatch

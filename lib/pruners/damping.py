@@ -1,12 +1,12 @@
 """Factorisations of Gram matrices with a damped diagonal, tried again with more damping where they fail."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import RunError, one_kind_of_failure
 from ..stats import InputStats
 
 DAMPING = 0.01  # of the mean diagonal
@@ -30,17 +30,6 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
         f"the {what} of its input's Gram matrix fails even with damping {damping:g} of the mean diagonal; "
         "give more calibration data (--nsamples) or prune with wanda"
     )
-
-
-@contextmanager
-def one_kind_of_failure() -> Iterator[None]:
-    """What cuSOLVER fails at, of which torch makes a plain RuntimeError, is a torch.linalg.LinAlgError as on a CPU."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("cusolver error"):
-            raise
-        raise torch.linalg.LinAlgError(str(error)) from error
 
 
 def add_damping(gram: Tensor, damping: float) -> Tensor:
