@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import RunError
+from .memory import on_host
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,22 @@ class Activations:
         elif self._mapped is not None:
             self._batches[index].copy_(value)
         else:
-            self._batches[index] = value if self._store is None else value.cpu()
+            self._batches[index] = self._kept(value)
 
     def _append(self, value: Tensor) -> None:
-        if self._store is None:
-            self._batches.append(value)
-            return
-        if not self._batches:
+        if self._store is not None and not self._batches:
             elements = value.numel() * -(-self._windows // self._batch_size)
             if not self._store.fits(elements * value.element_size()):
                 self._mapped = self._store.map(elements, value.dtype)
         if self._mapped is None:
-            self._batches.append(value.cpu())
+            self._batches.append(self._kept(value))
             return
         begin = sum(batch.numel() for batch in self._batches)
         place = self._mapped[begin : begin + value.numel()].view(value.shape)
         self._batches.append(place.copy_(value))
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return value if self._store is None or not value.is_cuda else on_host(value)
 
     def empty(self) -> "Activations":
         """A place for other tensors of the same windows."""
@@ -98,7 +99,7 @@ class Activations:
 
     def __getitem__(self, index: int) -> Tensor:
         batch = self._batches[index]
-        return batch if self._store is None else batch.to(self._device)
+        return batch if self._store is None else batch.to(self._device, non_blocking=batch.is_pinned())
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
