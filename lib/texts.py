@@ -212,8 +212,11 @@ def _row(asked: str, number: int, record: object) -> Row:
     if column == "messages":
         if not (isinstance(row, list) and row and all(isinstance(message, dict) for message in row)):
             raise RunError(f"{asked}: row {number + 1} of its column 'messages' is no list of messages")
-        # A table fills up with null what a message does not have, and templates ask whether it is there.
-        return [{key: value for key, value in message.items() if value is not None} for message in row]
+        # A table fills up with null what a message does not have, and templates ask whether it is there. Of the content
+        # they ask whether it is null: beside a call of a tool there is none.
+        return [
+            {key: value for key, value in message.items() if value is not None or key == "content"} for message in row
+        ]
     if not isinstance(row, str):
         raise RunError(f"{asked}: row {number + 1} of its column 'text' is not text (null or a number)")
     try:

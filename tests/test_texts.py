@@ -219,6 +219,14 @@ def test_what_else_a_message_holds_in_parquet_may_be_no_json(tmp_path):
     assert [row[0]["content"] for row in texts.rows("", tmp_path / "a.parquet", "")] == ["river"]
 
 
+def test_of_a_message_only_its_content_may_be_null(tmp_path):
+    talk = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "river"}]
+    parquet.write_table(pyarrow.table({"messages": [talk]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
+    for name in ("a.parquet", "a.jsonl"):
+        assert list(texts.rows("", tmp_path / name, "")) == [talk]
+
+
 def test_with_bos_in_every_window_a_template_puts_no_second_one(tmp_path):
     backend = Tokenizer(models.WordLevel({"[BOS]": 0, "river": 1, "[u]": 2}, unk_token="river"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
