@@ -114,6 +114,8 @@ class RunConfig:
                 raise RunError(f"--{name}: is missing")
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if value == "" and item.default != "":  # of a shell's variable that is not set
+                raise RunError(f"{flag_of(item)}: is empty")
             for one in value if isinstance(value, tuple) else [value]:
                 if choices and one != item.default and one not in choices():
                     raise unknown_name(flag_of(item), one, choices())

@@ -68,11 +68,11 @@ def calibration_windows(
     if corpus.by_document:
 
         def encode(row: Row) -> Tensor:
-            return tokens.encode(tokenizer, _text(asked, tokenizer, row), special=not len(front))
+            return tokens.encode(tokenizer, _text(asked, tokenizer, row, add_bos), special=not len(front))
 
         draw = functools.partial(_in_long_document, asked, rows, encode, width, rng)
     else:
-        text = _joined(asked, tokenizer, rows, corpus.calibration_join)
+        text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
         found = tokens.encode(tokenizer, text, special=not len(front))
         if len(found) <= width:
             raise RunError(f"{asked}: has {len(found)} tokens, not more than one window of --seqlen {seqlen}")
@@ -116,7 +116,7 @@ def evaluation_windows(
     width = seqlen - len(front)
     with texts.reading(asked):
         rows = corpus.rows("evaluation", cache_dir)
-    text = _joined(asked, tokenizer, rows, corpus.evaluation_join)
+    text = _joined(asked, tokenizer, rows, corpus.evaluation_join, add_bos)
     found = tokens.encode(tokenizer, text, special=not len(front))
     count = min(len(found) // width, corpus.evaluation_windows or len(found))
     if count == 0:
@@ -131,8 +131,8 @@ def find_corpus(flag: str, name: str) -> Corpus:
     """The corpus of that name or path; RunError naming `flag` where there is none. Reads no text."""
     if name in CORPORA:
         return CORPORA[name]
-    path = Path(name.removeprefix(SHARD))
-    if path.is_dir() or texts.form(path):
+    path = Path(bare := name.removeprefix(SHARD)).expanduser()
+    if (bare and path.is_dir()) or texts.form(path):
         if not path.exists():
             raise RunError(f"{flag} {name}: no such file")
         asked = f"{flag} {name}"
@@ -143,7 +143,7 @@ def find_corpus(flag: str, name: str) -> Corpus:
         # A .txt is one row and so used verbatim, whatever would join it.
         return Corpus(lambda split, _: texts.rows(asked, path, PARTS[split]))
     accepted = f"{', '.join(texts.SUFFIXES)} (all but parquet also with {' or '.join(texts.PACKED)})"
-    if path.exists():
+    if bare and path.exists():
         raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
     raise unknown_name(
         flag, name, [*CORPORA, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
@@ -160,16 +160,16 @@ def _front(tokenizer, add_bos: str) -> Tensor:
     return torch.tensor([bos])
 
 
-def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str) -> str:
+def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str) -> str:
     with texts.reading(asked):
         rows = list(rows)
-    text = join.join(_text(asked, tokenizer, row) for row in rows)
+    text = join.join(_text(asked, tokenizer, row, add_bos) for row in rows)
     if not text:
         raise RunError(f"{asked}: is empty")
     return text
 
 
-def _text(asked: str, tokenizer, row: Row) -> str:
+def _text(asked: str, tokenizer, row: Row, add_bos: str) -> str:
     """A row as text, a conversation through the tokenizer's chat template."""
     if isinstance(row, str):
         return row
@@ -181,7 +181,8 @@ def _text(asked: str, tokenizer, row: Row) -> str:
         reason = " ".join((str(error) or type(error).__name__).split())
         raise RunError(f"{asked}: a row does not fit the tokenizer's chat template ({reason})") from error
     # The template's own BOS would be a second one.
-    return text.removeprefix(tokenizer.bos_token or "") if tokens.beginning(tokenizer) else text
+    begun = add_bos == "every" or tokens.beginning(tokenizer)
+    return text.removeprefix(tokenizer.bos_token or "") if begun else text
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,8 @@ class _Saved(Sequence[Row]):
 
 def _packing(begins: bytes) -> str | None:
     """By how a file begins, whatever its name says: names are kept when a file is unpacked."""
+    if begins[1:4] == b"\x2a\x4d\x18":  # what some packers put before zstd's first frame
+        return "zstd"
     return {b"\x1f\x8b": "gzip", b"\x28\xb5": "zstd"}.get(begins[:2])
 
 
@@ -130,7 +132,7 @@ def _lies_open(path: Path) -> bool:
 def _open(asked: str, path: Path) -> Iterator[tuple[io.BufferedReader, str]]:
     """The file's bytes, unpacked and after the byte-order mark, and their encoding: what the mark says, or UTF-8."""
     file = path.open("rb")
-    if packing := _packing(file.peek(2)):
+    if packing := _packing(file.peek(4)[:4]):
         import pyarrow  # takes a moment to import, and other texts do without
 
         file = io.BufferedReader(pyarrow.CompressedInputStream(file, packing), 2**20)
@@ -138,7 +140,8 @@ def _open(asked: str, path: Path) -> Iterator[tuple[io.BufferedReader, str]]:
         begins = file.peek(LOOK)[:LOOK]
         mark = next((mark for mark in MARKS if begins.startswith(mark)), b"")
         if not mark and b"\0" in begins:
-            raise RunError(f"{asked}: holds zero bytes; if it is UTF-16 without a byte-order mark, save it as UTF-8")
+            what = "UTF-16 without a byte-order mark, packed with neither gzip nor zstd, or no text"
+            raise RunError(f"{asked}: holds zero bytes ({what}); save it as UTF-8, or packed with gzip or zstd")
         file.read(len(mark))
         yield file, MARKS.get(mark, "utf-8")
 
@@ -167,7 +170,7 @@ def _lines(asked: str, path: Path) -> Iterator[bytes]:
 
 
 def _line(record: object) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    return json.dumps(record, default=str).encode() + b"\n"  # a time beside a message, say
 
 
 def _parquet(asked: str, path: Path) -> Iterator[dict]:
@@ -177,7 +180,10 @@ def _parquet(asked: str, path: Path) -> Iterator[dict]:
     with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
         column = _column(asked, file.schema_arrow.names)
         held = file.schema_arrow.field(column).type
-        if column == "text" and not (types.is_string(held) or types.is_large_string(held)):
+        text = held.value_type if types.is_dictionary(held) else held
+        if column == "text" and not (
+            types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)
+        ):
             raise RunError(f"{asked}: its column 'text' holds {held} and no text")
         for batch in file.iter_batches(batch_size=256, columns=[column]):
             yield from batch.to_pylist()
@@ -206,8 +212,11 @@ def _row(asked: str, number: int, record: object) -> Row:
     if column == "messages":
         if not (isinstance(row, list) and row and all(isinstance(message, dict) for message in row)):
             raise RunError(f"{asked}: row {number + 1} of its column 'messages' is no list of messages")
-        # A table fills up with null what a message does not have, and templates ask whether it is there.
-        return [{key: value for key, value in message.items() if value is not None} for message in row]
+        # A table fills up with null what a message does not have, and templates ask whether it is there. Of the content
+        # they ask whether it is null: beside a call of a tool there is none.
+        return [
+            {key: value for key, value in message.items() if value is not None or key == "content"} for message in row
+        ]
     if not isinstance(row, str):
         raise RunError(f"{asked}: row {number + 1} of its column 'text' is not text (null or a number)")
     try:

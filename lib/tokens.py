@@ -7,6 +7,7 @@ model's own normalisation.
 """
 
 import json
+import string
 from pathlib import Path
 
 import sentencepiece
@@ -18,6 +19,7 @@ from transformers.tokenization_utils_sentencepiece import SPIECE_UNDERLINE, Sent
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 SETTINGS = "tokenizer_config.json"
+PLAIN = "the river and the stone house in a garden of light"  # nothing here to normalise
 
 
 class LlamaTokenizer(SentencePieceBackend):
@@ -48,9 +50,9 @@ class LlamaTokenizer(SentencePieceBackend):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """Each sequence between BOS and EOS, as the settings say."""
-        before = [self.bos_token_id] if self.add_bos_token else []
-        after = [self.eos_token_id] if self.add_eos_token else []
+        """Each sequence between BOS and EOS, as the settings say and where there are any."""
+        before = [self.bos_token_id] if self.add_bos_token and self.bos_token is not None else []
+        after = [self.eos_token_id] if self.add_eos_token and self.eos_token is not None else []
         second = [] if token_ids_1 is None else before + token_ids_1 + after
         return before + token_ids_0 + after + second
 
@@ -109,8 +111,17 @@ class AutoTokenizer:
             return family.from_pretrained(path, **options)
         options |= dict.fromkeys(_empty(settings))  # names in old conversions that transformers 5 never resolves
         if family and serialised:  # as it is: the class would make one of its own out of the vocabulary
-            return TokenizersBackend.from_pretrained(path, **options)
-        return transformers.AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = TokenizersBackend.from_pretrained(path, **options)
+            told = {"add_bos_token", "add_eos_token"} & settings.keys()
+            if told or (named and tokenizer.bos_token):  # the class puts BOS in front whatever the file says
+                tokenizer.add_eos_token = settings.get("add_eos_token", False)
+                tokenizer.add_bos_token = settings.get("add_bos_token", True)
+            return tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        if not serialised and "auto_map" not in settings:
+            for model in filter(_is_sentencepiece, folder.glob("*.model")):
+                _check_pieces(tokenizer, model)
+        return tokenizer
 
 
 def encode(tokenizer, text: str, special: bool = True) -> Tensor:
@@ -121,7 +132,8 @@ def encode(tokenizer, text: str, special: bool = True) -> Tensor:
 
 def beginning(tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
-    bare, whole = (encode(tokenizer, "a", special).tolist() for special in (False, True))
+    text = string.ascii_letters + string.digits  # some of it is in every vocabulary
+    bare, whole = (encode(tokenizer, text, special).tolist() for special in (False, True))
     return next(whole[:i] for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
 
 
@@ -151,6 +163,18 @@ def _family(named: str, model_type: str) -> type[LlamaTokenizer] | None:
 def _empty(settings: dict) -> list[str]:
     """The special tokens that are named by the empty string."""
     return [key for key, value in settings.items() if key.endswith("_token") and value == ""]
+
+
+def _check_pieces(tokenizer, model: Path) -> None:
+    """ValueError where transformers made something else out of a sentencepiece model: what it makes of some knows
+    hardly a word, without saying so.
+    """
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [sp.id_to_piece(i) for i in sp.encode(PLAIN) if not sp.is_unknown(i)]
+    found = tokenizer.convert_ids_to_tokens(encode(tokenizer, PLAIN, special=False).tolist())
+    if [token for token in found if token != tokenizer.unk_token] != pieces:
+        made = f"transformers {transformers.__version__} makes of {model.name} ({type(tokenizer).__name__})"
+        raise ValueError(f"what {made} cuts a text otherwise than sentencepiece does; a tokenizer.json is missing")
 
 
 def _is_sentencepiece(path: Path) -> bool:

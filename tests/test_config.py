@@ -64,6 +64,12 @@ def test_three_flags_have_no_default(name, model):
         RunConfig(**flags)
 
 
+@pytest.mark.parametrize("flag", ["save", "cache_dir", "save_model", "calib_data", "WW_metric_cache"])
+def test_a_value_is_not_empty(flag, configure):
+    with pytest.raises(RunError, match=f"^--{flag}: is empty"):
+        configure(**{flag.lower(): ""})
+
+
 @pytest.mark.parametrize("edge", [{"sparsity_ratio": 0.0}, {"epsilon": 0.0}, {"epsilon": 1.0}, {"seqlen": 2}])
 def test_values_at_the_edge_are_accepted(edge, configure):
     config = configure(**edge)

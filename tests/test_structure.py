@@ -103,3 +103,5 @@ def test_readme_maps_every_file():
     for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "lib/results").glob("*.py"), *(ROOT / "script").iterdir()]:
         if path.name != "__init__.py":
             assert path.name in readme, path.name
+    mapped = re.findall(r"^      (\w+\.py) ", readme, re.MULTILINE)
+    assert len(mapped) == len(set(mapped))

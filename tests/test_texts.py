@@ -1,6 +1,8 @@
 """Local texts in every form, against the text they were made of and the published way of drawing from c4."""
 
 import codecs
+import datetime
+import functools
 import gzip
 import json
 import random
@@ -9,6 +11,7 @@ import pyarrow
 import pytest
 import torch
 from pieces import model_folder, train
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -61,6 +64,7 @@ WRITTEN = {
     "two members.gz": lambda data: gzip.compress(data[:99]) + gzip.compress(data[99:]),
     "utf-8": marked(codecs.BOM_UTF8, "utf-8"), "utf-16": marked(codecs.BOM_UTF16_LE, "utf-16-le"),
     "big endian": marked(codecs.BOM_UTF16_BE, "utf-16-be"), "utf-32": marked(codecs.BOM_UTF32_LE, "utf-32-le"),
+    "skippable.zst": lambda data: b"\x53\x2a\x4d\x18\x04\0\0\0skip" + zstd(data),
     "marked.gz": lambda data: gzip.compress(codecs.BOM_UTF8 + data),
     "marked.zst": lambda data: zstd(marked(codecs.BOM_UTF16_LE, "utf-16-le")(data)),
 }  # fmt: skip
@@ -202,6 +206,50 @@ def test_conversations_that_fit_no_template_are_one_line(tokenizer, conversation
         evaluation_windows(path, tokenizer, seqlen=8)
 
 
+@pytest.mark.parametrize("held", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_a_column_of_text_in_parquet_may_be_held_in_any_way(held, tmp_path):
+    column = pyarrow.array(DOCUMENTS).cast(held)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=7)
+    assert list(texts.rows("", tmp_path / "a.parquet", "")) == DOCUMENTS
+
+
+def test_what_else_a_message_holds_in_parquet_may_be_no_json(tmp_path):
+    talk = [{"role": "user", "content": "river", "at": datetime.datetime(2020, 1, 1)}]
+    parquet.write_table(pyarrow.table({"messages": [talk]}), tmp_path / "a.parquet")
+    assert [row[0]["content"] for row in texts.rows("", tmp_path / "a.parquet", "")] == ["river"]
+
+
+def test_of_a_message_only_its_content_may_be_null(tmp_path):
+    talk = [{"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "river"}]
+    parquet.write_table(pyarrow.table({"messages": [talk]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
+    for name in ("a.parquet", "a.jsonl"):
+        assert list(texts.rows("", tmp_path / name, "")) == [talk]
+
+
+def test_with_bos_in_every_window_a_template_puts_no_second_one(tmp_path):
+    backend = Tokenizer(models.WordLevel({"[BOS]": 0, "river": 1, "[u]": 2}, unk_token="river"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="[BOS]")
+    own.chat_template = "{{ bos_token }} [u] {{ messages[0].content }}"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "river " * 5}]}))
+    cut = functools.partial(evaluation_windows, str(tmp_path / "a.jsonl"), own, seqlen=4)
+    assert cut()[0].tolist() == [0, 2, 1, 1]  # which the tokenizer does not put there itself
+    assert cut(add_bos="every")[0].tolist() == [0, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["", "c4:"])
+def test_no_path_is_no_folder(name):
+    with pytest.raises(RunError, match=f"--calib_data: '{name}' is unknown"):
+        find_corpus("--calib_data", name)
+
+
+def test_a_path_behind_c4_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(lines(DOCUMENTS))
+    assert list(find_corpus("--calib_data", "c4:~/a.jsonl").rows("calibration", "")) == DOCUMENTS
+
+
 GOOD = lines(["text " * 9])
 WRONG = {
     "empty.txt": (b"", "is empty"),
@@ -217,7 +265,8 @@ WRONG = {
     "half.jsonl": (b'{"text": "a\\ud800b"}', "row 1 holds half of a surrogate pair"),
     "latin.txt": ("naïve".encode("latin-1"), "is not utf-8"),
     "latin.jsonl": (b'{"text": "na\xefve"}', "is not utf-8"),
-    "unmarked.txt": (TEXT.encode("utf-16-le"), "holds zero bytes; if it is UTF-16 without a byte-order mark"),
+    "unmarked.txt": (TEXT.encode("utf-16-le"), r"holds zero bytes \(UTF-16 without a byte-order mark,"),
+    "xz.txt.gz": (b"\xfd7zXZ\0\0\4", "holds zero bytes .* packed with neither gzip nor zstd"),
     "cut.txt.gz": (gzip.compress(random.Random(0).randbytes(999))[:500], "cannot be read .*[Tt]runcated"),
     "cut.jsonl.zst": (zstd(random.Random(0).randbytes(999))[:500], "cannot be read .*[Tt]runcated"),
     "false.parquet": (b"PAR1", "cannot be read"),

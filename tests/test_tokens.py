@@ -171,6 +171,52 @@ def test_a_tokenizer_json_beside_the_model_or_alone_loses_no_space_and_no_bos(
     assert tokens.bos(tokenizer) == 1
 
 
+@pytest.mark.parametrize(
+    ("template", "settings", "expected"),
+    [  # as LlamaTokenizerFast of transformers 4: BOS unless told otherwise, whatever the file says
+        ("<s> $A", {"add_eos_token": True}, [1, 0, 2]),
+        ("<s> $A </s>", {}, [1, 0]),
+        (None, {}, [1, 0]),
+        ("<s> $A", {"add_bos_token": False}, [0]),
+        (None, {"add_bos_token": None}, [0]),
+    ],
+)
+def test_a_tokenizer_json_alone_has_the_classs_bos_and_eos(template, settings, expected, tmp_path):
+    made = Tokenizer(models.WordLevel({"river": 0, "<s>": 1, "</s>": 2}, unk_token="river"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>"])
+    if template:
+        made.post_processor = processors.TemplateProcessing(template, None, [("<s>", 1), ("</s>", 2)])
+    folder = model_folder(tmp_path / "model", b"", {"tokenizer_class": "LlamaTokenizerFast", **MARKS, **settings})
+    (folder / "tokenizer.model").unlink()
+    made.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(find_source(str(folder)))
+    assert tokenizer("river").input_ids == expected
+    save_tokenizer(tokenizer, folder)
+    assert load_tokenizer(find_source(str(folder)))("river").input_ids == expected
+
+
+def test_without_a_bos_token_none_is_put_in_front(models_of, tmp_path):
+    folder = model_folder(tmp_path / "model", models_of["bpe"], {**CLASS, "bos_token": None})
+    tokenizer = load_tokenizer(find_source(str(folder)))
+    assert tokenizer("the river").input_ids == pieces(models_of["bpe"]).encode("the river")
+    assert tokens.beginning(tokenizer) == []
+    assert tokens.bos(tokenizer) is None
+
+
+def test_what_is_put_in_front_is_seen_where_hardly_a_letter_is_known():
+    made = Tokenizer(models.BPE({"A": 0, "C": 1, "<s>": 2}, []))  # what it does not know it drops
+    made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 2)])
+    assert tokens.beginning(transformers.PreTrainedTokenizerFast(tokenizer_object=made)) == [2]
+
+
+def test_a_sentencepiece_model_that_transformers_makes_something_else_of_is_one_line(models_of, tmp_path):
+    folder = model_folder(tmp_path / "xglm", models_of["unigram"], model_type="xglm")
+    (folder / "tokenizer.model").rename(folder / "sentencepiece.bpe.model")
+    with pytest.raises(RunError, match=r"sentencepiece.bpe.model \(XGLMTokenizer\) cuts a text otherwise"):
+        load_tokenizer(find_source(str(folder)))
+
+
 def test_other_kinds_are_left_to_transformers(tmp_path):
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -183,8 +229,9 @@ def test_other_kinds_are_left_to_transformers(tmp_path):
     assert tokens.beginning(tokenizer) == []
     assert tokens.bos(tokenizer) == tokenizer.bos_token_id
 
-    folder = model_folder(tmp_path / "t5", train(pad_id=0, eos_id=1, unk_id=2, bos_id=-1), model_type="t5")
-    tokenizer = load_tokenizer(find_source(str(folder)))
+    model = train(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    folder = model_folder(tmp_path / "t5", model, model_type="t5")
+    tokenizer = tokens.AutoTokenizer.from_pretrained(str(folder), transformers.T5Config())
     assert type(tokenizer) is transformers.T5Tokenizer
     assert tokenizer("the river").input_ids[-1] == 1
 
