@@ -240,9 +240,11 @@ def _shards(source: Source, dtype: torch.dtype) -> Shards:
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
-    except ValueError as error:  # a configuration of no causal LM
-        reason = " ".join(str(error).split())
-        raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error
+    except Exception as error:  # whatever a model's own code makes of settings that do not go together
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise RunError(
+            f"--model {source.name}: its configuration describes no model that can be built: {reason[:300]}"
+        ) from error
     shards = Shards(model, files, source.name, quantized.prepare(model, config))
     model.tie_weights()
     shards.check()
@@ -282,14 +284,27 @@ def weight_files(source: Source) -> list[Path]:
         if not name.endswith(".index.json"):
             return [folder / name]
         try:
-            files = {folder / shard for shard in json.loads((folder / name).read_text())["weight_map"].values()}
+            index = json.loads((folder / name).read_text())
+            files = {folder / shard for shard in index["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"--model {source.name}: {name} is no index of weights: {error!r}") from error
+        if not isinstance(index.get("metadata"), dict):
+            raise RunError(
+                f"--model {source.name}: {name} has no metadata, without which transformers does not read it; "
+                'write "metadata": {} into it'
+            )
+        kind = Path(name.removesuffix(".index.json")).suffix
+        if alien := sorted(file.name for file in files if file.suffix != kind):
+            raise RunError(f"--model {source.name}: {name} names {alien[0]}, which is no {kind} file")
         if absent := sorted(file.name for file in files if not file.exists()):
             raise RunError(f"--model {source.name}: {name} names {absent[0]}, which is not there")
         return sorted(files)
-    others = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    instead = f", but {others[0].name}; give the file the first of these names if it holds them" if others else ""
+    instead = ""
+    for like, right in (("*.safetensors", WEIGHTS[0]), ("*.bin", WEIGHTS[2]), ("*.gguf", None)):
+        if others := sorted(filter(Path.is_file, folder.glob(like))):
+            remedy = f"call the file {right} if it holds them" if right else "to prune that, give its path"
+            instead = f", but {others[0].name}; {remedy}"
+            break
     raise RunError(f"--model {source.name}: has no weights: none of {', '.join(WEIGHTS)}{instead}")
 
 
