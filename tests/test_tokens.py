@@ -184,7 +184,8 @@ def test_other_kinds_are_left_to_transformers(tmp_path):
     assert tokens.bos(tokenizer) == tokenizer.bos_token_id
 
     folder = model_folder(tmp_path / "t5", train(pad_id=0, eos_id=1, unk_id=2, bos_id=-1), model_type="t5")
-    tokenizer = tokens.AutoTokenizer.from_pretrained(folder)  # of a model that load_tokenizer refuses
+    config = transformers.AutoConfig.from_pretrained(folder)  # of a model that load_tokenizer refuses
+    tokenizer = tokens.AutoTokenizer.from_pretrained(folder, config=config)
     assert type(tokenizer) is transformers.T5Tokenizer
     assert tokenizer("the river").input_ids[-1] == 1
 
