@@ -25,6 +25,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LFS = b"version https://git-lfs"
 INDICES = ("BOOL", "I64", "bool", "int64")  # what masks and positions are stored as, and weights never
 
 
@@ -66,6 +67,8 @@ def _unpickled(path: Path, model: str) -> _Pickled:
         stat = path.stat()
         return _whole(path, (stat.st_size, stat.st_mtime_ns))
     except UnpicklingError as error:  # its message advises to load the file without this safety
+        if _is_pointer(path):
+            raise _unreadable(path, model, error) from error
         named = re.search(r"GLOBAL (\S+)", str(error))
         raise RunError(
             f"--model {model}: its weights cannot be loaded: {path.name} is damaged or holds more than tensors"
@@ -86,11 +89,25 @@ def _tensors(path: Path, mmap: bool) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the pickle's protocol
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    return {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+        raise TypeError("it does not hold tensors by name")
+    tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if value.is_meta or value.layout != torch.strided:
+            raise TypeError(f"{name} is {'without values' if value.is_meta else 'stored as a sparse tensor'}")
+    return tensors
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether the file is what git puts in the place of one that Git LFS keeps."""
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
 
 
 def _unreadable(path: Path, model: str, error: Exception) -> RunError:
     reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    if not isinstance(error, OSError) and _is_pointer(path):
+        reason = "it is a pointer of Git LFS and not the file itself; run git lfs pull"
     return RunError(
         f"--model {model}: its weights cannot be loaded: {path.name} cannot be read: {' '.join(reason.split())[:200]}"
     )

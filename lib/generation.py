@@ -15,7 +15,7 @@ def read(own: GenerationConfig | None, file: str | Path | None) -> tuple[Generat
     try:
         return savable(GenerationConfig.from_dict(json.loads(Path(file).read_text(encoding="utf-8"))))
     except Exception as error:  # of whatever kind: nothing here is worth the end of a run
-        return GenerationConfig(), f"generation_config.json cannot be read, and is left out: {_first_line(error)}"
+        return GenerationConfig(), f"generation_config.json cannot be read, and is left out: {_in_a_line(error)}"
 
 
 def savable(config: GenerationConfig | None) -> tuple[GenerationConfig | None, str | None]:
@@ -32,9 +32,11 @@ def _refusal(config: GenerationConfig) -> str | None:
     try:
         config.validate(strict=True)
     except Exception as error:
-        return _first_line(error)
+        return _in_a_line(error)
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _in_a_line(error: Exception) -> str:
+    """What it says, up to the first reason; transformers gives each in a line of its own below a heading."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(said[: 2 if said[0].endswith(":") else 1])

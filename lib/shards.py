@@ -43,9 +43,13 @@ class Shards:
         state = model.state_dict()
         self._floats = {name: value.numel() for name, value in state.items() if value.is_floating_point()}
         self._sources: dict[str, list[str]] = defaultdict(list)  # parameter -> the tensors that it is made of
+        self._shapes = {}  # tensor -> the shape of the parameter that it is, where nothing is done to it
+        parameters = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
         for source in self._headers:
-            target, _ = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
+            target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
             self._sources[target if target in state else source].append(source)
+            if converter is None and target in parameters:
+                self._shapes[source] = parameters[target]
 
     def holds(self, name: str) -> bool:
         """Whether the files have what the parameter or buffer `name` is made of."""
@@ -58,6 +62,12 @@ class Shards:
         names = defaultdict(list)  # of what is tied or shared, of which the files may hold any
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names[id(parameter)].append(name)
+        for source, shape in self._shapes.items():
+            if self._headers[source].dtype is not None and self._headers[source].shape != shape:
+                raise RunError(
+                    f"--model {self.name}: its weights do not fit its configuration: {source} is "
+                    f"{list(self._headers[source].shape)} in its files and {list(shape)} in the model"
+                )
         for name, parameter in self.model.named_parameters():
             coded = [source for source in self._sources.get(name, []) if self._headers[source].coded]
             if parameter.is_floating_point() and coded and not self._scaled(name):
@@ -80,9 +90,14 @@ class Shards:
         return self._quantizer is not None and len(scales) >= max(1, len(floats - set(scales)))
 
     def _unexplained(self, source: str) -> RunError:
+        why = "nothing in its config.json says how to read them"
+        if self._quantizer is not None:
+            method = self._quantizer.quantization_config.quant_method
+            method = getattr(method, "value", method)
+            why = f"its files lack the scales that go with the method in its config.json ({method})"
         return RunError(
-            f"--model {self.name}: its weights are quantised ({source} is {self._headers[source].stored}), and nothing "
-            "in its config.json says how to read them; give the model that they were made from"
+            f"--model {self.name}: its weights are quantised ({source} is {self._headers[source].stored}), and {why}; "
+            "give the model that they were made from"
         )
 
     def separate(self, tied: dict[str, str]) -> list[str]:
@@ -140,7 +155,10 @@ class Shards:
             quantized.forget(self.model)
         for name in names:
             value = _get(self.model, name)
-            if value.is_meta or report.conversion_errors:
+            if report.conversion_errors:
+                reason = next(iter(report.conversion_errors.values())).strip().splitlines()[-1]
+                raise RunError(f"--model {self.name}: its weights cannot be converted for {name}: {reason[:300]}")
+            if value.is_meta:
                 raise RunError(
                     f"--model {self.name}: its weights do not fit its configuration: {name} is missing or of "
                     "another shape"

@@ -56,6 +56,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.failures: list[Failure] = []
+        self.moved: dict[str, str] = {}  # a model's former name -> its name, to which the hub redirects
         self.closing = threading.Event()
         self._servers = {name: _Server(("127.0.0.1", 0), self, name) for name in ("hub", "cdn")}
 
@@ -115,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.server.name == "cdn":
             repository, branch, file = path[1:].split("@")
             self._send(200, hub.repositories[repository].files[branch][file])
+        elif former := next((n for n in hub.moved if path.startswith((f"/api/models/{n}", f"/{n}/resolve/"))), None):
+            self._send(307, b"", {"Location": path.replace(former, hub.moved[former], 1)})
         elif found := INFO.fullmatch(path):
             self._info(*found.groups(), token)
         elif found := RESOLVE.fullmatch(path):

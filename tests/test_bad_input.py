@@ -140,7 +140,7 @@ CASES = [
     case("model folder without config", "--model {out}", "--model {out}:", "no config.json", "save_pretrained"),
     case("model folder with bad config", "--model {here}/bad_config", "--model {here}/bad_config:", "configuration"),
     case("model folder without weights", "", "--model {bare}:", "weights"),
-    case("model without tokenizer", "--model {here}/no_tokenizer", "--model {here}/no_tokenizer:", "its tokenizer"),
+    case("model without tokenizer", "--model {here}/no_tokenizer", "--model {here}/no_tokenizer:", "is missing: it"),
     case("model with bad tokenizer", "--model {here}/bad_tokenizer", "--model {here}/bad_tokenizer:", "its tokenizer"),
     case("model with code", "--model {here}/own_code", "--model {here}/own_code:", "--trust_remote_code"),
     case("hub unreachable", "--model nobody/none", "--model nobody/none:", "'smollm2'", ".gguf", env=HUB_UNREACHABLE),

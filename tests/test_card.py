@@ -50,7 +50,7 @@ def test_switches_are_spelt_as_they_are_given(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     config = RunConfig(
         model=str(tmp_path / "model"), prune_method="wanda_ww", sparsity_type="4:8", eval_wikitext=False,
-        ww_metric=("alpha_mid",), calib_data="wikitext2", save_model=str(tmp_path / "pruned"),
+        ww_metric=("alpha_mid",), calib_data="wikitext2", save_model=str(tmp_path / 'a "good" one'),
     )  # fmt: skip
     record = {
         "model": {"revision": "abc", "prunable_parameters": 10, "coverage": 0.5}, "perplexity": None,
@@ -62,6 +62,7 @@ def test_switches_are_spelt_as_they_are_given(tmp_path):
     assert "--WW_metric alpha_mid" in card.text
     assert "Was not measured." in card.text
     assert "(revision abc)" in card.text
+    compile(card.text.partition("```python")[2].partition("```")[0], "the code of the card", "exec")
 
 
 def test_the_base_model_is_one_on_the_hub(tmp_path):

@@ -1,5 +1,6 @@
 """The model card of a pruned checkpoint: README.md, whose metadata block the hub reads."""
 
+import json
 import re
 import shlex
 from dataclasses import Field, fields
@@ -42,8 +43,8 @@ stored as any other value.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
 ```
 
 ## Perplexity

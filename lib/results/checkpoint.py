@@ -38,7 +38,7 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     again before it takes its name: RunError where it does not hold the zeros that the model holds, and for values
     that the dtype cannot hold. `record` (run.json without the layers) is put beside it as alphapruning.json.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # what a link leads to is replaced, and not the link
     state = model.state()
     for message in settle(state, model.saved_as):
         log.warning("%s", message)
