@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import RunError
 from .experts import is_linear
@@ -107,6 +108,34 @@ def is_causal(body: nn.Module, block: nn.Module, tokens: Tensor) -> bool:
     axis = shape.index(length) if length in shape else 1  # positions first in a few models, and more of them in others
     one, two = (output.narrow(axis, 0, length - 1).float() for output in outputs)
     return bool((one - two).norm() <= max(LEAK, torch.finfo(outputs[0].dtype).eps) * one.norm())
+
+
+class Changes(TorchDispatchMode):
+    """While active, notices what is written into a model's weights; `found` is the name of the first one changed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.found: str | None = None
+        self._named = dict(model.named_parameters())  # kept, so that their storages stay unique
+        self._names = {_storage(parameter): name for name, parameter in self._named.items()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.found is None and func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            name = self._names.get(_storage(args[0]))
+            others = any(isinstance(value, Tensor) for value in args[1:])
+            if name is not None and (others or _changes(func, args, kwargs)):
+                self.found = name
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _changes(func, args: tuple, kwargs: dict | None) -> bool:
+    """Whether an operation in place on a tensor and no other changes numbers at all (a parameter may have none)."""
+    number = torch.full((), 2.0)
+    return bool(func(number, *args[1:], **(kwargs or {})) != 2.0)
 
 
 def _takes_tokens(forward: Callable) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .blocks import find_blocks, find_body, is_causal
+from .blocks import Changes, find_blocks, find_body, is_causal
 from .errors import RunError
 from .esd import as_published
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
@@ -232,8 +232,8 @@ class LanguageModel:
 
     def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
         """Raises RunError for windows with tokens that the model does not have, for the first matrix that N:M does
-        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead or whose logits
-        are not to be had from its last hidden state.
+        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead, that changes its
+        own weights, or whose logits are not to be had from its last hidden state.
         """
         known = self.model.get_input_embeddings().weight.shape[0]
         if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
@@ -248,16 +248,31 @@ class LanguageModel:
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
         given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
         few = given[:1, :FEW]
-        with self.resident_in_forward(0):
-            if few.numel() > 1 and not is_causal(self.body, self.blocks[0], few.to(self.device)):
-                decoder = getattr(self.model.config, "is_decoder", None)
-                advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
-                raise RunError(
-                    f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
-                    f"token depends on those that follow{advice}"
-                )
+        with self.resident_in_forward(0), self.unchanged():
+            causal = few.numel() == 1 or is_causal(self.body, self.blocks[0], few.to(self.device))
+        if not causal:
+            decoder = getattr(self.model.config, "is_decoder", None)
+            advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
+                f"token depends on those that follow{advice}"
+            )
         if not self.streamed:
-            self.logits(self.hidden_states(few))
+            with self.unchanged():
+                self.logits(self.hidden_states(few))
+
+    @contextmanager
+    def unchanged(self):
+        """While forward passes are run. Raises RunError at the end for a model that changes its own weights in one."""
+        with Changes(self.model) as changes:
+            yield
+        if changes.found:
+            keeps = getattr(self.model.config, "rescale_every", 0)  # RWKV's, for half precision
+            advice = '; "rescale_every": 0 in its config.json keeps it from that' if keeps else ""
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} changes its own weights in its forward pass "
+                f"({changes.found}), so that what is pruned and saved is not what was loaded{advice}"
+            )
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
