@@ -254,7 +254,8 @@ def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save
     inner = model.model
     dtypes = shards.dtypes() if shards else dict.fromkeys(inner.state_dict(), torch.float32)
     model.saved_as = dtypes if save_dtype == "auto" else dict.fromkeys(dtypes, getattr(torch, save_dtype))
-    if inner.config.tie_word_embeddings and inner._tied_weights_keys and not inner.all_tied_weights_keys:
+    tied = getattr(inner.config, "tie_word_embeddings", False)
+    if tied and inner._tied_weights_keys and not inner.all_tied_weights_keys:
         model.notes.append("tied by its configuration, with a head of its own in its files: that one is used and saved")
         inner.config.tie_word_embeddings = False
     file = None if source.gguf else beside(source, "generation_config.json")

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn.functional import silu
 
 from lib import LanguageModel, RunError
+from lib.collector import matrix_inputs
 from lib.experts import Mixtures
-from lib.model import Matrix, matrix_inputs
+from lib.model import Matrix
 from lib.products import Products
 from lib.sequential import walk
 
