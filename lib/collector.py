@@ -139,14 +139,18 @@ class Collector:
                 for module in member.modules():
                     beside.setdefault(module, []).extend(held)
 
+        seen = {(m.module, m.parameter) for m in self._matrices if m.name in self.stats}
+
         def routed(matrix: Matrix) -> bool:
+            if matrix.expert is not None:
+                return (matrix.module, matrix.parameter) in seen
             others = {inner for member in beside.get(matrix.module, []) for inner in member.modules()}
             return matrix.module in self._reached or not self._reached.isdisjoint(others)
 
         return {
             matrix.name: "no calibration token is routed to it"
             if routed(matrix)
-            else "its block runs without calling it or multiplying by it"
+            else "its block shows no product with it"
             for matrix in self._matrices
             if matrix.name not in self.stats
         }

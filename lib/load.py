@@ -297,4 +297,5 @@ def weight_files(source: Source) -> list[Path]:
 def window_limit(config) -> int | None:
     """The longest window the model was made for, where its configuration says."""
     config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((limit for limit in limits if limit and limit > 0), None)  # -1 of XLNet's is none

@@ -261,7 +261,7 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
 
     def refusal(why: str) -> RunError:
         what = f"--model {model.name}: {type(model.model).__name__} cannot be pruned block by block"
-        return RunError(f"{what}: {why}; prune it with magnitude")
+        return RunError(f"{what}: {why}; prune it with magnitude{', without --stream' if model.streamed else ''}")
 
     following = Following(model)
     with _resident_in_forward(model), model.unchanged(), following:

@@ -187,6 +187,7 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path, dtype):
     model = load_model(find_source(str(tmp_path)), device="cpu", dtype=dtype)
     assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
     assert window_limit(model.model.config) == 64
+    assert window_limit(transformers.XLNetConfig()) is None  # it says -1
 
 
 def test_remote_code_needs_permission(tmp_path):

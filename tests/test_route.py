@@ -324,6 +324,20 @@ def test_a_weight_read_without_its_module_has_statistics(product):
     torch.testing.assert_close(found.gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+class Einsum(Block):
+    """All experts at once, in a product of copies of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.choose = nn.Linear(16, 3)
+        self.a, self.b = nn.Parameter(torch.randn(3, 16, 24)), nn.Parameter(torch.randn(3, 24, 16))
+
+    def forward(self, hidden):
+        inner = torch.einsum("bsd,edf->besf", hidden, self.a).tanh()
+        written = torch.einsum("besf,efd->besd", inner, self.b)
+        return super().forward(torch.einsum("besd,bse->bsd", written, self.choose(hidden).softmax(-1)))
+
+
 class Routed(Block):
     """Linear maps of which the first alone is used."""
 
@@ -338,8 +352,9 @@ class Routed(Block):
 @pytest.mark.parametrize(
     ("make", "name", "reason"),
     [
-        (lambda: Direct(lambda weight, x: x), "direct", "its block runs without calling it or multiplying by it"),
-        (lambda: Direct(lambda weight, x: x * weight.sum()), "direct", "without calling it or multiplying by it"),
+        (lambda: Direct(lambda weight, x: x), "direct", "its block shows no product with it"),
+        (lambda: Direct(lambda weight, x: x * weight.sum()), "direct", "shows no product with it"),
+        (Einsum, "a.1", "its block shows no product with it"),
         (Routed, "experts.2", "no calibration token is routed to it"),
     ],
 )
