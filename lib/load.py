@@ -215,7 +215,29 @@ def load_model(
         raise RunError(f"--model {source.name}: does not fit on the GPUs of this machine; try --device cpu")
     if quantized.is_quantized(config) or source.gguf:
         quantized.forget(model)
+    if shards:
+        _fill_buffers(model, shards.model)
     return _furnished(LanguageModel(model, tokenizer, name=source.name), source, shards, save_dtype)
+
+
+def _make_buffers(model: torch.nn.Module) -> None:
+    """Buffers as transformers makes them at loading: once more, outside of what builds the model in its own dtype. The
+    parameters have no values that this could touch.
+    """
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    model.initialize_weights()
+
+
+def _fill_buffers(model: torch.nn.Module, made: torch.nn.Module) -> None:
+    """Give the model's buffers that no file holds the values that its own code makes: transformers leaves them to the
+    model's `_init_weights`, which in code that comes with a model is often silent about them.
+    """
+    saved = model.state_dict().keys()
+    own = dict(made.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved and name in own and not own[name].is_meta and own[name].shape == buffer.shape:
+            buffer.copy_(own[name])
 
 
 def open_model(
@@ -243,6 +265,7 @@ def _shards(source: Source, dtype: torch.dtype) -> Shards:
     except ValueError as error:  # a configuration of no causal LM
         reason = " ".join(str(error).split())
         raise RunError(f"--model {source.name}: its weights cannot be loaded: {reason[:300]}") from error
+    _make_buffers(model)
     shards = Shards(model, files, source.name, quantized.prepare(model, config))
     model.tie_weights()
     shards.check()
