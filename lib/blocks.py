@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import RunError
 from .experts import is_linear
@@ -15,7 +16,7 @@ PROBE_TOKENS = 4
 LEAK = 1e-4  # of the hidden states, moved by a later token: more than rounding does in float32
 
 
-class _Seen(Exception):  # noqa: N818 (not an error)
+class Seen(Exception):  # noqa: N818 (not an error)
     """Ends a forward pass: what lies behind is not wanted."""
 
 
@@ -67,7 +68,7 @@ def _run(model: nn.Module) -> None:
     zeros = {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in named if value.is_meta}
     device = "cpu" if zeros else model.get_input_embeddings().weight.device
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=device)
-    torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+    torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, **accepted(model.forward, use_cache=False)})
 
 
 def find_body(model: nn.Module, blocks: list[str], name: str) -> nn.Module:
@@ -86,7 +87,7 @@ def find_body(model: nn.Module, blocks: list[str], name: str) -> nn.Module:
 
 
 @torch.no_grad()
-def is_causal(body: nn.Module, block: nn.Module, tokens: Tensor) -> bool:
+def is_causal(run: Callable[[Tensor], object], block: nn.Module, tokens: Tensor) -> bool:
     """Whether what a block (the first) gives for a token is the same whatever token follows; tokens (1, S)."""
     other = tokens.clone()
     other[0, -1] = tokens[0, 0] if tokens[0, -1] != tokens[0, 0] else tokens[0, 0] ^ 1
@@ -94,19 +95,68 @@ def is_causal(body: nn.Module, block: nn.Module, tokens: Tensor) -> bool:
 
     def seen(_module, _args, output) -> None:
         outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
-        raise _Seen
+        raise Seen
 
     hook = block.register_forward_hook(seen)
     try:
         for each in (tokens, other):
-            with suppress(_Seen):
-                body(input_ids=each, use_cache=False)
+            with suppress(Seen):
+                run(each)
     finally:
         hook.remove()
     length, shape = tokens.shape[1], outputs[0].shape
     axis = shape.index(length) if length in shape else 1  # positions first in a few models, and more of them in others
     one, two = (output.narrow(axis, 0, length - 1).float() for output in outputs)
     return bool((one - two).norm() <= max(LEAK, torch.finfo(outputs[0].dtype).eps) * one.norm())
+
+
+def accepted(forward: Callable, **options) -> dict:
+    """Those of the options that a forward pass takes."""
+    known = inspect.signature(forward).parameters
+    every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return {name: value for name, value in options.items() if every or name in known}
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward):
+    """Give one module another forward for a while (a hook of accelerate's, set the same way, is put back)."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+class Changes(TorchDispatchMode):
+    """While active, notices what is written into a model's weights; `found` is the name of the first one changed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.found: str | None = None
+        self._named = dict(model.named_parameters())  # kept, so that their storages stay unique
+        self._names = {_storage(parameter): name for name, parameter in self._named.items()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.found is None and func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            name = self._names.get(_storage(args[0]))
+            others = any(isinstance(value, Tensor) for value in args[1:])
+            if name is not None and (others or _changes(func, args, kwargs)):
+                self.found = name
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _changes(func, args: tuple, kwargs: dict | None) -> bool:
+    """Whether an operation in place on a tensor and no other changes numbers at all (a parameter may have none)."""
+    number = torch.full((), 2.0)
+    return bool(func(number, *args[1:], **(kwargs or {})) != 2.0)
 
 
 def _takes_tokens(forward: Callable) -> bool:

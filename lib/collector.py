@@ -1,10 +1,13 @@
 """The statistics of one block's inputs, gathered from its forward passes."""
 
+import inspect
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
-from .model import Matrix, keeps_tokens, matrix_inputs
+from .experts import is_linear
+from .model import Matrix
 from .products import Products
 from .stats import InputStats
 
@@ -136,14 +139,41 @@ class Collector:
                 for module in member.modules():
                     beside.setdefault(module, []).extend(held)
 
+        seen = {(m.module, m.parameter) for m in self._matrices if m.name in self.stats}
+
         def routed(matrix: Matrix) -> bool:
+            if matrix.expert is not None:
+                return (matrix.module, matrix.parameter) in seen
             others = {inner for member in beside.get(matrix.module, []) for inner in member.modules()}
             return matrix.module in self._reached or not self._reached.isdisjoint(others)
 
         return {
             matrix.name: "no calibration token is routed to it"
             if routed(matrix)
-            else "its block runs without calling it or multiplying by it"
+            else "its block shows no product with it"
             for matrix in self._matrices
             if matrix.name not in self.stats
         }
+
+
+def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator[tuple[Matrix, Tensor]]:
+    """What the matrices of one module read, from the arguments its forward was called with.
+
+    Yields (matrix, input (..., in)), a matrix that reads nothing not at all. A linear map reads its one argument;
+    for a stack the module's own forward is run, as written rather than in a faster form, and its products are watched.
+    """
+    module = matrices[0].module
+    if matrices[0].expert is None:
+        yield matrices[0], (*args, *kwargs.values())[0]
+        return
+    with Products(matrices) as products:
+        inspect.unwrap(type(module).forward)(module, *args, **kwargs)
+    yield from products.found
+
+
+def keeps_tokens(matrices: list[Matrix], rest: tuple) -> bool:
+    """Whether the module of these matrices is called with all tokens in their own order, however they are routed: a
+    linear map is, and experts are where the chosen ones come in the `rest` of the call, as integers.
+    """
+    chosen = (value for value in rest if isinstance(value, Tensor))
+    return is_linear(matrices[0].module) or any(not value.is_floating_point() for value in chosen)

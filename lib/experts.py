@@ -69,8 +69,8 @@ class Mixtures:
             self.routers |= self._routers_of(holder, experts)
         if self.routers:
             inside = {module for holder in experts for module in holder.modules()}
-            outside = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in inside]
-            self.routers |= {m.weight for m in outside if m.out_features == 1}  # gates of shared experts
+            outside = [m for m in block.modules() if is_linear(m) and m not in inside]
+            self.routers |= {m.weight for m in outside if _ends(m)[1] == 1}  # gates of shared experts
 
     def _stacks_of(self, module: nn.Module) -> list[Stack]:
         if is_linear(module):
@@ -113,13 +113,18 @@ class Mixtures:
             if not is_linear(beside) and (own or beside is not holder):
                 stacked = {stack.parameter for stack in self.stacks.get(beside, ())}
                 single = [p for name, p in wide(beside) if name not in stacked and p.dim() == 2]
-                found |= {p for p in single if {*p.shape} & outputs}
+                found |= {p for p in single if {*p.shape} & outputs and p.shape[0] != p.shape[1]}
             for child in beside.children():
                 modules = list(child.modules())
                 if not inside & set(modules):
-                    matrices = [p for module in modules if not is_dense_by_nature(module) for _, p in wide(module)]
-                    if matrices and matrices[-1].dim() == 2 and {*matrices[-1].shape[:1]} & outputs:
-                        found |= set(matrices)
+                    matrices = [(m, p) for m in modules if not is_dense_by_nature(m) for _, p in wide(m)]
+                    if not matrices or any(p.dim() != 2 for _, p in matrices):
+                        continue
+                    (first, p), (last, q) = matrices[0], matrices[-1]
+                    read = _ends(first)[0] if is_linear(first) else max(p.shape)
+                    given = {_ends(last)[1]} if is_linear(last) else {*q.shape}
+                    if given & outputs - {read}:  # what gives as many as it reads may be any matrix
+                        found |= {p for _, p in matrices}
             if found:
                 return found
             beside = None if beside is self._block else self._parents[beside]
@@ -134,14 +139,21 @@ def _counts(module: nn.Module, what: str) -> list[int]:
 def _turned(shapes: list[tuple[int, int]], routers: set[nn.Parameter]) -> list[bool]:
     """For the matrices of one expert, as stored and in order, whether each is (in, out) rather than (out, in).
 
-    What the first reads is what the last writes and what the routers read, and what the last reads is what the first
-    writes, or half of it where that is a gate and what it opens.
+    What the first reads is what one of the others writes and what the routers read, and what that one reads is what the
+    first writes, or half of it where that is a gate and what it opens; the rest read and write what the first does.
     """
     width = {length for router in routers for length in router.shape}
     for turned in ([False] * len(shapes), [True] * len(shapes), [False] * (len(shapes) - 1) + [True]):
-        oriented = [shape[::-1] if turn else shape for shape, turn in zip(shapes, turned, strict=True)]
-        (first_out, first_in), (last_out, last_in) = oriented[0], oriented[-1]
-        chained = len(shapes) == 1 or (first_in == last_out and first_out in (last_in, 2 * last_in))
-        if chained and (len(shapes) == 1 or not width or first_in in width):
+        (first_out, first_in), *others = [s[::-1] if turn else s for s, turn in zip(shapes, turned, strict=True)]
+        writers = [(out, read) for out, read in others if out == first_in and first_out in (read, 2 * read)]
+        readers = [(out, read) for out, read in others if read == first_in and out == first_out]
+        chained = not others or (writers and len(others) <= len(readers) + len(writers))
+        if chained and (not others or not width or first_in in width):
             return turned
     return [False] * len(shapes)
+
+
+def _ends(linear: nn.Module) -> tuple[int, int]:
+    """How many numbers a linear map reads and how many it gives."""
+    shape = tuple(linear.weight.shape)
+    return shape[::-1] if isinstance(linear, nn.Linear) else shape

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import ranks
-from .model import LanguageModel, Matrix, replaced_forward
+from .blocks import replaced_forward
+from .model import LanguageModel, Matrix
 from .precision import mixed_precision
 from .progress import progress
 
@@ -48,7 +49,7 @@ def visit_gradients(
             for batch in mine.split(batch_size):
                 tokens = batch.to(model.device)
                 with torch.enable_grad(), mixed_precision(model.model.dtype, model.device.type):
-                    logits = model.model(input_ids=tokens, use_cache=False).logits[:, :-1]
+                    logits = model.own_logits(tokens)[:, :-1]
                     targets = tokens[:, 1:].flatten().to(logits.device)
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
                 loss.backward()

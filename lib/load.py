@@ -233,7 +233,29 @@ def load_model(
         raise RunError(f"--model {source.name}: does not fit on the GPUs of this machine; try --device cpu")
     if quantized.is_quantized(config) or source.gguf:
         quantized.forget(model)
+    if shards:
+        _fill_buffers(model, shards.model)
     return _furnished(LanguageModel(model, tokenizer, name=source.name), source, shards, save_dtype)
+
+
+def _make_buffers(model: torch.nn.Module) -> None:
+    """Buffers as transformers makes them at loading: once more, outside of what builds the model in its own dtype. The
+    parameters have no values that this could touch.
+    """
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)
+    model.initialize_weights()
+
+
+def _fill_buffers(model: torch.nn.Module, made: torch.nn.Module) -> None:
+    """Give the model's buffers that no file holds the values that its own code makes: transformers leaves them to the
+    model's `_init_weights`, which in code that comes with a model is often silent about them.
+    """
+    saved = model.state_dict().keys()
+    own = dict(made.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved and name in own and not own[name].is_meta and own[name].shape == buffer.shape:
+            buffer.copy_(own[name])
 
 
 def open_model(
@@ -268,6 +290,7 @@ def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
 def _shards(source: Source, dtype: torch.dtype) -> Shards:
     """What the files of the model hold, known to fit it, and the model without values."""
     files, model = weight_files(source), _empty(source, dtype)
+    _make_buffers(model)
     shards = Shards(model, files, source.name, quantized.prepare(model, copy.deepcopy(load_config(source))))
     model.tie_weights()
     shards.check()
@@ -279,7 +302,8 @@ def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save
     inner = model.model
     dtypes = shards.dtypes() if shards else dict.fromkeys(inner.state_dict(), torch.float32)
     model.saved_as = dtypes if save_dtype == "auto" else dict.fromkeys(dtypes, getattr(torch, save_dtype))
-    if inner.config.tie_word_embeddings and inner._tied_weights_keys and not inner.all_tied_weights_keys:
+    tied = getattr(inner.config, "tie_word_embeddings", False)
+    if tied and inner._tied_weights_keys and not inner.all_tied_weights_keys:
         model.notes.append("tied by its configuration, with a head of its own in its files: that one is used and saved")
         inner.config.tie_word_embeddings = False
     file = None if source.gguf else beside(source, "generation_config.json")
@@ -334,4 +358,5 @@ def weight_files(source: Source) -> list[Path]:
 def window_limit(config) -> int | None:
     """The longest window the model was made for, where its configuration says."""
     config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((limit for limit in limits if limit and limit > 0), None)  # -1 of XLNet's is none

@@ -5,7 +5,6 @@ the lists of modules that hold linear maps, and in each of them every nn.Linear,
 of a stack of experts. Embeddings, norms, the head and routers are none; whatever else there is, is measured.
 """
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +15,12 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from .blocks import find_blocks, find_body, is_causal
+from .blocks import Changes, Seen, accepted, find_blocks, find_body, is_causal, replaced_forward
 from .digest import digest
 from .errors import RunError
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
 from .memory import on_host
-from .products import Products
 
 FEW = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
@@ -220,8 +218,8 @@ class LanguageModel:
 
     def check(self, pattern: Pattern, *windows: Tensor | None) -> None:
         """Raises RunError for windows with tokens that the model does not have, for the first matrix that N:M does
-        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead or whose logits
-        are not to be had from its last hidden state.
+        not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead, that changes its
+        own weights, or whose logits are not to be had from its last hidden state.
         """
         known = self.model.get_input_embeddings().weight.shape[0]
         if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
@@ -236,23 +234,54 @@ class LanguageModel:
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
         given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
         few = given[:1, :FEW]
-        with self.resident_in_forward(0):
-            if few.numel() > 1 and not is_causal(self.body, self.blocks[0], few.to(self.device)):
-                decoder = getattr(self.model.config, "is_decoder", None)
-                advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
-                raise RunError(
-                    f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
-                    f"token depends on those that follow{advice}"
-                )
+        with self.resident_in_forward(0), self.unchanged():
+            causal = few.numel() == 1 or is_causal(self.hidden_states, self.blocks[0], few.to(self.device))
+        if not causal:
+            decoder = getattr(self.model.config, "is_decoder", None)
+            advice = '; "is_decoder": true in its config.json makes it one' if decoder is False else ""
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} is no causal LM as it is: what it gives for a "
+                f"token depends on those that follow{advice}"
+            )
         if not self.streamed:
-            self.logits(self.hidden_states(few))
+            with self.unchanged():
+                self.logits(self.hidden_states(few))
+
+    @contextmanager
+    def unchanged(self):
+        """While forward passes are run. Raises RunError at the end for a model that changes its own weights in one."""
+        with Changes(self.model) as changes:
+            yield
+        if changes.found:
+            keeps = getattr(self.model.config, "rescale_every", 0)  # RWKV's, for half precision
+            advice = '; "rescale_every": 0 in its config.json keeps it from that' if keeps else ""
+            raise RunError(
+                f"--model {self.name}: {type(self.model).__name__} changes its own weights in its forward pass "
+                f"({changes.found}), so that what is pruned and saved is not what was loaded{advice}"
+            )
 
     @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
-        """Last hidden state of token ids (B, S), after the final norm and before the head; (B, S, d)."""
-        output = self.body(input_ids=tokens.to(self.device), use_cache=False, return_dict=True)
-        self._output_class = type(output)  # the head's code may ask the body for more than hidden states
-        return output[0]
+        """Last hidden state of token ids (B, S), after the final norm and before the head; (B, S, d).
+
+        The model itself calls its body, with whatever it makes of the tokens.
+        """
+        forward, found = self.body.forward, []
+
+        def body(*args, **kwargs):
+            found.append(forward(*args, **kwargs))
+            raise Seen
+
+        with replaced_forward(self.body, body):
+            try:
+                self._run(tokens)
+            except Seen:
+                if not found:  # of whoever asked for no more than a block
+                    raise
+        if not found:
+            raise self._without_body()
+        self._output_class = type(found[0])  # the head's code may ask the body for more than hidden states
+        return found[0] if isinstance(found[0], Tensor) else found[0][0]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -261,41 +290,45 @@ class LanguageModel:
         Whatever the model does around its head (scaling, soft caps) is done by its own forward, which finds
         `hidden` where its body's output would be. `hidden_states` has to be asked first.
         """
-        output, asked = self._output_class(last_hidden_state=hidden), []
+        kind, asked = self._output_class, []
+        plain = {Tensor: hidden, tuple: (hidden,), list: [hidden]}
+        output = plain[kind] if kind in plain else kind(last_hidden_state=hidden)
 
         def body(*args, **kwargs):
             asked.append(True)
             return output
 
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         try:
             with replaced_forward(self.body, body):
-                logits = self.model(input_ids=tokens, use_cache=False, return_dict=True).logits
+                logits = self.own_logits(torch.zeros(hidden.shape[:2], dtype=torch.long))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise RunError(
                 f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
                 "state; it is not supported"
             ) from error
         if not asked:
+            raise self._without_body()
+        if logits.shape[:2] != hidden.shape[:2]:
             raise RunError(
-                f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
-                f"{type(self.body).__name__}; it is not supported"
+                f"--model {self.name}: {type(self.model).__name__} does not give logits for every token "
+                f"({logits.shape[1]} of {hidden.shape[1]}); it is not supported"
             )
         return logits
 
+    def own_logits(self, tokens: Tensor) -> Tensor:
+        """Logits (B, S, vocabulary) of token ids (B, S) by the model's own forward pass."""
+        output = self._run(tokens)
+        return output if isinstance(output, Tensor) else output[0] if type(output) is tuple else output.logits
 
-@contextmanager
-def replaced_forward(module: nn.Module, forward):
-    """Give one module another forward for a while (a hook of accelerate's, set the same way, is put back)."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+    def _run(self, tokens: Tensor):
+        options = accepted(self.model.forward, use_cache=False, return_dict=True)
+        return self.model(input_ids=tokens.to(self.device), **options)
+
+    def _without_body(self) -> RunError:
+        return RunError(
+            f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
+            f"{type(self.body).__name__}; it is not supported"
+        )
 
 
 @contextmanager
@@ -307,29 +340,6 @@ def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
     finally:
         for matrix, weight in weights.items():
             matrix.write(weight)
-
-
-def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator[tuple[Matrix, Tensor]]:
-    """What the matrices of one module read, from the arguments its forward was called with.
-
-    Yields (matrix, input (..., in)), a matrix that reads nothing not at all. A linear map reads its one argument;
-    for a stack the module's own forward is run, as written rather than in a faster form, and its products are watched.
-    """
-    module = matrices[0].module
-    if matrices[0].expert is None:
-        yield matrices[0], (*args, *kwargs.values())[0]
-        return
-    with Products(matrices) as products:
-        inspect.unwrap(type(module).forward)(module, *args, **kwargs)
-    yield from products.found
-
-
-def keeps_tokens(matrices: list[Matrix], rest: tuple) -> bool:
-    """Whether the module of these matrices is called with all tokens in their own order, however they are routed: a
-    linear map is, and experts are where the chosen ones come in the `rest` of the call, as integers.
-    """
-    chosen = (value for value in rest if isinstance(value, Tensor))
-    return is_linear(matrices[0].module) or any(not value.is_floating_point() for value in chosen)
 
 
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:

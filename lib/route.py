@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from .blocks import replaced_forward
 from .collector import StopForward
 from .errors import RunError
-from .model import LanguageModel, replaced_forward
+from .model import LanguageModel
 
 Leaf = tuple[int, int]
 Call = tuple[tuple, dict]
@@ -142,8 +143,6 @@ class Following(TorchDispatchMode):
         self.route, self.calls = Route(), []  # calls: of each visit, without its hidden state
         self.output: Tensor | None = None
         self.left_behind = False  # whether the model reads what a block has kept somewhere in place of giving it
-        self.changes_weights = False  # whether the pass itself does
-        self._weights = {_storage(parameter) for parameter in model.model.parameters()}
         self._model, self._pass = model, next(self._passes)
         self._inside: list[tuple] = []  # what a call that is under way was called with
         self._touched: set[Leaf] = set()
@@ -189,8 +188,6 @@ class Following(TorchDispatchMode):
                 tensor._made_of = self._pass, self._made_of(tensor) | made_of
         if func._schema.is_mutable:
             self.route.writes |= bool(self._made_of(args[0])) if isinstance(args[0], Tensor) else bool(made_of)
-            if tensors and _storage(tensors[0]) in self._weights and (tensors[1:] or _changes(func, args, kwargs)):
-                self.changes_weights = True
         return result
 
     def _enter(self, block: int, call: Call) -> None:
@@ -236,16 +233,6 @@ class Following(TorchDispatchMode):
         route.reads.append(self._made_of(last) | (tails - known))
         route.plain &= self._made_of(last) <= {route.end}
         return route
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _changes(func, args: tuple, kwargs: dict | None) -> bool:
-    """Whether an operation in place on a tensor and no other changes numbers at all (a parameter may have none)."""
-    number = torch.full((), 2.0)
-    return bool(func(number, *args[1:], **(kwargs or {})) != 2.0)
 
 
 class Containers:

@@ -41,14 +41,19 @@ class Shards:
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         state = model.state_dict()
+        self._state = set(state)
         self._floats = {name: value.numel() for name, value in state.items() if value.is_floating_point()}
         self._sources: dict[str, list[str]] = defaultdict(list)  # parameter -> the tensors that it is made of
+        self._parts: dict[str, list[str]] = {}  # tensor -> the parameters that are made of it
         self._shapes = {}  # tensor -> the shape of the parameter that it is, where nothing is done to it
         parameters = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
         for source in self._headers:
-            target, converter = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
-            self._sources[target if target in state else source].append(source)
-            if converter is None and target in parameters:
+            target, matched = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
+            converter = next((each for each in converters if matched in each.source_patterns), None)
+            self._parts[source] = _all_targets(target, converter.target_patterns) if converter else [target]
+            for part in self._parts[source]:
+                self._sources[part if part in state else source].append(source)
+            if matched is None and target in parameters:
                 self._shapes[source] = parameters[target]
 
     def holds(self, name: str) -> bool:
@@ -142,6 +147,8 @@ class Shards:
 
         names = list(names)
         sources = [source for name in names for source in self._sources.get(name, [])]
+        split = {part for source in sources for part in self._parts[source]}.difference(names)
+        unasked = [name for name in split.intersection(self._state) if _get(self.model, name).is_meta]
         with ExitStack() as stack:
             paths = {self._headers[source].file for source in sources}
             files = {path: stack.enter_context(opened(path, self.name)) for path in paths}
@@ -151,6 +158,7 @@ class Shards:
             )
             with _no_progress_bar():
                 report, _ = convert_and_load_state_dict_in_model(self.model, tensors, options)
+        self.drop(unasked)
         if self._quantizer is not None:
             quantized.forget(self.model)
         for name in names:
@@ -173,6 +181,15 @@ class Shards:
             path, _, key = name.rpartition(".")
             module, value = self.model.get_submodule(path), _get(self.model, name).to("meta")
             setattr(module, key, value if key in module._buffers else nn.Parameter(value, requires_grad=False))
+
+
+def _all_targets(target: str, patterns: list[str]) -> list[str]:
+    """The names of all that a converter makes, of which `target` is one."""
+    found = next((pattern for pattern in patterns if pattern in target), None)
+    if found is None:
+        return [target]
+    before, _, after = target.partition(found)
+    return [before + pattern + after for pattern in patterns]
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:

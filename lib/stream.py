@@ -261,13 +261,11 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
 
     def refusal(why: str) -> RunError:
         what = f"--model {model.name}: {type(model.model).__name__} cannot be pruned block by block"
-        return RunError(f"{what}: {why}; prune it with magnitude")
+        return RunError(f"{what}: {why}; prune it with magnitude{', without --stream' if model.streamed else ''}")
 
     following = Following(model)
-    with _resident_in_forward(model), following:
+    with _resident_in_forward(model), model.unchanged(), following:
         last = model.hidden_states(window)
-    if following.changes_weights:
-        raise refusal("its forward pass changes its own weights")
     if following.left_behind:
         raise refusal("it reads what its blocks keep, which belongs to the window that they saw last")
     if missed := set(range(len(model.blocks))) - set(following.route.visits):

@@ -509,3 +509,44 @@ def test_saving_a_model_at_hand(tmp_path):
     save_checkpoint(LanguageModel(tiny_model("llama").to(torch.bfloat16)), tmp_path / "saved")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "saved").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_buffers_that_no_file_holds_are_those_of_transformers(dtype, tmp_path):
+    """GPT-J's table of angles is made in float32 whatever the model's dtype."""
+    settings = {"vocab_size": 96, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "rotary_dim": 8}
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.GPTJConfig(**settings, bos_token_id=1))
+    hf.save_pretrained(tmp_path)
+    own = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).named_buffers())
+    source = find_source(str(tmp_path))
+    for model in (load_model(source, "cpu", dtype), open_model(source, "cpu", dtype)):
+        found = dict(model.model.named_buffers())
+        assert found.keys() == own.keys() != set()
+        assert all(torch.equal(found[name], value) for name, value in own.items())
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("ramp", torch.arange(7.0) / 3, persistent=False)
+"""
+
+
+def test_buffers_of_code_that_comes_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    hf = tiny_model("llama")
+    hf.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {
+        "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(OWN_CODE)
+    source = find_source(str(tmp_path / "model"), trust_remote_code=True)
+    for model in (load_model(source, "cpu"), open_model(source, "cpu")):
+        assert torch.equal(model.model.ramp, torch.arange(7.0) / 3)

@@ -5,10 +5,12 @@ import torch
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 from torch.nn.functional import silu
+from transformers.pytorch_utils import Conv1D
 
 from lib import LanguageModel, RunError
+from lib.collector import matrix_inputs
 from lib.experts import Mixtures
-from lib.model import Matrix, matrix_inputs
+from lib.model import Matrix
 from lib.products import Products
 from lib.sequential import walk
 
@@ -152,6 +154,34 @@ def test_a_router_is_found_by_its_outputs(make, depth):
     block.mixture = holder
     routers = Mixtures(block).routers
     assert routers == {block.chooser[0].weight, block.chooser[2].weight, block.weigh.weight}
+
+
+def test_a_router_that_is_stored_as_in_by_out():
+    block = nn.Module()
+    block.choose, block.weigh, block.experts = Conv1D(5, 16), Conv1D(1, 16), experts(5)
+    assert Mixtures(block).routers == {block.choose.weight, block.weigh.weight}
+
+
+def test_what_gives_as_many_as_it_reads_is_no_router():
+    """The third dimension of a bilinear map has the width of everything else."""
+    block = nn.Module()
+    block.o, block.both = nn.Linear(16, 16), nn.Bilinear(16, 16, 16)
+    block.mlp = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 16))
+    found = Mixtures(block)
+    assert not found.routers
+    assert not found.stacks
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("order", ["rwr", "rrw", "rw"])
+def test_which_way_round_experts_are_stored(order, turned):
+    """Whatever order they come in: those that read the hidden state (r) and the one that writes it (w)."""
+    block = nn.Module()
+    block.choose = nn.Linear(16, 3)
+    for index, kind in enumerate(order):
+        shape = (24, 16) if (kind == "r") != turned else (16, 24)
+        block.register_parameter(f"w{index}", nn.Parameter(torch.randn(3, *shape)))
+    assert [stack.transposed for stack in Mixtures(block).stacks[block]] == [turned] * len(order)
 
 
 def test_the_nearest_router_is_the_one():

@@ -168,8 +168,7 @@ def test_what_a_block_shares_with_the_rest_is_refused_when_streamed(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     streamed = open_model(find_source(str(tmp_path / "model")), "cpu")
     streamed.model.model.norm.weight = streamed.model.model.layers[1].input_layernorm.weight
-    shards = Shards(streamed.model, weight_files(find_source(str(tmp_path / "model"))), "tiny")
-    streamed = ShardedModel(shards)
+    streamed = ShardedModel(Shards(streamed.model, weight_files(find_source(str(tmp_path / "model"))), "tiny"))
     with pytest.raises(
         RunError, match=r"--stream: model\.layers\.1\.input_layernorm\.weight is also model\.norm\.weight"
     ):

@@ -5,12 +5,15 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from shared import MODEL, needs_model
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokens
+from torch import nn
+from toy import Block, Toy
 
 import main
 from lib import LanguageModel, Pattern, RunError, find_source
 from lib.config import RunConfig
 from lib.load import choose_device, choose_dtype, load_model, load_tokenizer, window_limit
+from lib.stream import Stream
 
 
 def test_matrices_are_shown_as_out_in_and_written_in_place():
@@ -184,6 +187,7 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path, dtype):
     model = load_model(find_source(str(tmp_path)), device="cpu", dtype=dtype)
     assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
     assert window_limit(model.model.config) == 64
+    assert window_limit(transformers.XLNetConfig()) is None  # it says -1
 
 
 def test_remote_code_needs_permission(tmp_path):
@@ -213,3 +217,52 @@ def test_a_pickled_checkpoint_is_not_executed(tmp_path):
     torch.save({"model.embed_tokens.weight": Bomb()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(RunError, match="weights cannot be loaded"):
         load_model(find_source(str(tmp_path)), device="cpu")
+
+
+class OtherBody(nn.Module):
+    """A body that takes tokens and nothing else and gives `form` of its hidden states."""
+
+    def __init__(self, inner: nn.Module, form):
+        super().__init__()
+        self.inner, self.form = inner, form
+
+    def forward(self, input_ids):
+        return self.form(self.inner(input_ids)[0])
+
+
+class OtherModel(Toy):
+    """Its forward takes tokens alone, tells the body others, and gives `form` of its logits."""
+
+    def __init__(self, body, form, last: int = 0):
+        super().__init__([Block(), Block()])
+        self.model, self.form, self.last = OtherBody(self.model, body), form, last
+
+    def get_input_embeddings(self):
+        return self.model.inner.embed
+
+    def forward(self, input_ids):
+        hidden = self.model(input_ids.flip(0) // 2)
+        return self.form(self.lm_head(hidden if isinstance(hidden, torch.Tensor) else hidden[0])[:, -self.last :])
+
+
+@pytest.mark.parametrize("body", [lambda hidden: hidden, lambda hidden: (hidden, None)])
+@pytest.mark.parametrize("form", [lambda logits: logits, lambda logits: (logits,)])
+def test_the_model_calls_its_body_in_its_own_way(body, form):
+    hf, tokens = OtherModel(body, form), tiny_tokens()
+    model = LanguageModel(hf)
+    model.check(Pattern(), tokens)
+    own = hf(tokens)
+    expected = own if isinstance(own, torch.Tensor) else own[0]
+    torch.testing.assert_close(model.logits(model.hidden_states(tokens)), expected, rtol=0, atol=0)
+    windows = tiny_tokens(2)
+    stream = Stream(model, windows, 2)
+    for visit in range(2):
+        stream.advance(visit)
+    ((_, last),) = stream.finish()
+    own = hf(windows)
+    torch.testing.assert_close(model.logits(last), own if isinstance(own, torch.Tensor) else own[0])
+
+
+def test_logits_of_some_tokens_only_are_refused():
+    with pytest.raises(RunError, match=r"OtherModel does not give logits for every token \(1 of 7\)"):
+        LanguageModel(OtherModel(lambda hidden: hidden, lambda logits: logits, last=1)).check(Pattern())

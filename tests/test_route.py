@@ -4,6 +4,7 @@ from collections import UserDict
 
 import pytest
 import torch
+import transformers
 from test_architectures import targets_of
 from tiny import tiny_tokens
 from torch import Tensor, nn
@@ -323,6 +324,20 @@ def test_a_weight_read_without_its_module_has_statistics(product):
     torch.testing.assert_close(found.gram.double(), x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+class Einsum(Block):
+    """All experts at once, in a product of copies of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.choose = nn.Linear(16, 3)
+        self.a, self.b = nn.Parameter(torch.randn(3, 16, 24)), nn.Parameter(torch.randn(3, 24, 16))
+
+    def forward(self, hidden):
+        inner = torch.einsum("bsd,edf->besf", hidden, self.a).tanh()
+        written = torch.einsum("besf,efd->besd", inner, self.b)
+        return super().forward(torch.einsum("besd,bse->bsd", written, self.choose(hidden).softmax(-1)))
+
+
 class Routed(Block):
     """Linear maps of which the first alone is used."""
 
@@ -337,8 +352,9 @@ class Routed(Block):
 @pytest.mark.parametrize(
     ("make", "name", "reason"),
     [
-        (lambda: Direct(lambda weight, x: x), "direct", "its block runs without calling it or multiplying by it"),
-        (lambda: Direct(lambda weight, x: x * weight.sum()), "direct", "without calling it or multiplying by it"),
+        (lambda: Direct(lambda weight, x: x), "direct", "its block shows no product with it"),
+        (lambda: Direct(lambda weight, x: x * weight.sum()), "direct", "shows no product with it"),
+        (Einsum, "a.1", "its block shows no product with it"),
         (Routed, "experts.2", "no calibration token is routed to it"),
     ],
 )
@@ -375,11 +391,25 @@ def noisy(blocks, hidden, tokens):
 
 REFUSED = {
     "what its blocks keep": lambda: Toy([Keeping() for _ in range(3)], keeps),
-    "changes its own weights": lambda: Toy([Block() for _ in range(3)], changes_weights),
     "does not reach block 2": lambda: Toy([Block() for _ in range(3)], lambda b, h, t: in_turn(b[:2], h, t)),
     "in another order": lambda: Toy([Block() for _ in range(3)], lambda b, h, t: in_turn(b[::-1], h, t)),
     "one after the other do not give": lambda: Toy([Block() for _ in range(3)], noisy),
 }
+
+
+def test_a_model_that_changes_its_own_weights_is_refused_before_the_work():
+    settings = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 64}
+    for every, advice in ((2, "rescale_every"), (0, None), (6, None)):  # in four blocks 6 divides by one
+        config = transformers.RwkvConfig(rescale_every=every, **settings)
+        model = LanguageModel(transformers.AutoModelForCausalLM.from_config(config))
+        if advice is None:
+            model.check(Pattern())
+            continue
+        with pytest.raises(RunError, match=f"changes its own weights .*attention.output.*{advice}"):
+            model.check(Pattern())
+    for look in (lambda model: model.check(Pattern()), lambda model: Stream(model, tiny_tokens(), 2)):
+        with pytest.raises(RunError, match=r"Toy changes its own weights .*model.layers.0.inner.0.weight"):
+            look(LanguageModel(Toy([Block() for _ in range(3)], changes_weights)))
 
 
 @pytest.mark.parametrize("reason", REFUSED)

@@ -6,11 +6,14 @@ import shutil
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
 from tiny import ARCHITECTURES, tiny_model
+from transformers import conversion_mapping, core_model_loading
 
 from lib import LanguageModel, RunError, find_source, layer_quality
 from lib.load import open_model
-from lib.shards import ShardedModel
+from lib.shards import ShardedModel, Shards
 
 
 @pytest.fixture
@@ -98,3 +101,27 @@ def test_bin_files_are_read_in_parts_too(folder, tmp_path):
     opened = open_model(source, "cpu")
     assert opened.digest == LanguageModel(tiny_model("llama")).digest
     assert not (tmp_path / "cache").exists()
+
+
+def test_one_tensor_that_several_parameters_are_made_of(tmp_path, monkeypatch):
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    split = [core_model_loading.WeightConverter(["mlp.both.weight"], parts, [core_model_loading.Chunk(dim=0)])]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: split)
+    hf = tiny_model("llama")
+    state = hf.state_dict()
+    for layer in range(3):
+        gate, up = (state.pop(f"model.layers.{layer}.{part}") for part in parts)
+        state[f"model.layers.{layer}.mlp.both.weight"] = torch.cat([gate, up])
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with init_empty_weights():
+        empty = type(hf)(hf.config)
+    shards = Shards(empty, [tmp_path / "model.safetensors"], "tiny")
+    shards.check(whole=True)
+    one, other = (f"model.layers.1.{part}" for part in parts)
+    for name, beside in ((one, other), (other, one)):
+        shards.read([name], torch.device("cpu"))
+        assert torch.equal(empty.get_parameter(name), hf.get_parameter(name))
+        assert empty.get_parameter(beside).is_meta
+        shards.drop([name])
+    shards.read([one, other], torch.device("cpu"))
+    assert all(torch.equal(empty.get_parameter(name), hf.get_parameter(name)) for name in (one, other))
