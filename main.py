@@ -62,7 +62,11 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
             model.load_rest()
         else:
-            model = load_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
+            held = 0 if calibration is None else calibration.numel()
+            model = load_model(
+                source, config.device, config.dtype, tokenizer, config.save_dtype, held_tokens=held,
+                copies=int(config.held_out > 0),
+            )  # fmt: skip
         model.check(config.pattern, calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)
 

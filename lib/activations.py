@@ -42,10 +42,10 @@ class Store:
 
 
 class Activations:
-    """One tensor a batch, such as its hidden state (B, S, d), put in order, read on the model's device and replaced in
-    place.
+    """One tensor a batch, such as its hidden state (B, S, d), put in order and replaced in place.
 
-    Without a store they stay where they are made; with one they lie on the host.
+    Without a store they stay where they are made, with the block that they come from; with one they lie on the host and
+    are read on the model's device.
     """
 
     def __init__(self, device: torch.device, windows: int, batch_size: int, store: Store | None):
@@ -97,7 +97,8 @@ class Activations:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self._batches[index].to(self._device)
+        batch = self._batches[index]
+        return batch if self._store is None else batch.to(self._device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

@@ -20,6 +20,19 @@ from . import ranks
 from .config import RunConfig
 from .errors import RunError
 from .memory import keep_freed_memory
+from .pruners import PRUNERS
+
+# What takes less of a GPU's memory, by the stage that ran out of it.
+RELIEF = {
+    "load": "a GPU with room for the model (--device)",
+    "calibrate": "fewer --nsamples",
+    "statistics": "a pruner without Gram matrices, such as wanda",
+    "dense": "fewer --nsamples, or no --asymmetry and no --recover",
+    "prune": "another pruner (wanda takes least)",
+    "recover": "no --recover",
+    "fisher": "no --fisher",
+    "allocate": "an allocation that measures nothing, such as ww",
+}
 
 KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
 
@@ -100,6 +113,18 @@ def set_up_logging(quiet: bool) -> None:
         modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=True)  # it asks no setting of its library
 
 
+def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig) -> str:
+    """What to say of a GPU that is full: at which stage, and what would help it."""
+    stage = getattr(error, "stage", None)
+    helps = RELIEF.get(stage, "--batch_size 1")
+    if stage == "statistics" and PRUNERS[config.pruner].needs != "gram":
+        helps = "--batch_size 1"
+    if not (config.stream or config.analyze_only or config.fisher or config.held_out):
+        helps = f"--stream, which holds one block at a time, or {helps}"
+    where = f" at the stage '{stage}'" if stage else ""
+    return f"out of GPU memory{where}; try {helps} ({str(error).split('.')[0]})"
+
+
 def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print what `run` returns; the command's exit status.
 
@@ -116,10 +141,11 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
         ranks.leave()
     except RunError as error:
         who = "" if ranks.size() == 1 else f" on rank {ranks.rank()}"
-        print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"main.py: error: out of GPU memory; try --batch_size 1 ({str(error).split('.')[0]})", file=sys.stderr)
+        print(f"main.py: error: {out_of_memory(error, config)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("main.py: interrupted; what was finished is kept", file=sys.stderr)

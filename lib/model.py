@@ -5,7 +5,6 @@ the lists of modules that hold linear maps, and in each of them every nn.Linear,
 of a stack of experts. Embeddings, norms, the head and routers are none; whatever else there is, is measured.
 """
 
-import hashlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -17,15 +16,13 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from . import ranks
 from .blocks import find_blocks, find_body, is_causal
+from .digest import digest
 from .errors import RunError
-from .esd import as_published
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
 from .memory import on_host
 from .products import Products
-from .progress import progress
 
 FEW = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
@@ -121,6 +118,12 @@ class LanguageModel:
         """Where token ids go in."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """All that the model lies on."""
+        found = {parameter.device for parameter in self.model.parameters() if not parameter.is_meta}
+        return sorted(found or {self.device}, key=str)
+
     def matrices_of(self, block: int) -> list[Matrix]:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
@@ -194,23 +197,8 @@ class LanguageModel:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the prunable matrices' names and values, as loaded (take it before pruning).
-
-        Of the values as the metrics read them, so that it does not depend on --dtype.
-        """
-        groups, found = list(self.groups()), {}
-        owners = ranks.deal([sum(matrix.size for matrix in group) for group in groups])
-        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
-        for group in progress(mine, "reading weights", "tensor"):
-            with self.resident(group):
-                for matrix in group:
-                    weight = as_published(matrix.weight)
-                    digest = hashlib.sha256(f"{matrix.name} {weight.dtype} {tuple(weight.shape)}".encode())
-                    digest.update(weight.contiguous().cpu().view(torch.uint8).numpy())
-                    found[matrix.name] = digest.digest()
-        for others in ranks.gather(found):
-            found |= others
-        return hashlib.sha256(b"".join(found[matrix.name] for matrix in self.matrices)).hexdigest()
+        """Of the prunable matrices as loaded (take it before pruning), see lib/digest.py."""
+        return digest(self)
 
     def describe(self) -> dict:
         """The `model` part of run.json."""
@@ -223,7 +211,7 @@ class LanguageModel:
             "prunable_parameters": self.prunable_parameters,
             "coverage": self.coverage,
             "blocks": len(self.blocks),
-            "device": str(self.device),
+            "device": ", ".join(map(str, self.devices)),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "uncovered": self.uncovered,
             "dense_share": self.dense_share,

@@ -1,6 +1,36 @@
-"""Passes for gradients in the fast type of the processor."""
+"""In what type products of matrices are computed: exactly in float32, or for gradients in the processor's fast type."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+
+def float32_products() -> str:
+    """What this process asks of products of float32 matrices: "highest" is float32 throughout, less TF32 or bfloat16.
+
+    Torch has two interfaces to ask through, which may contradict each other.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32 throughout, whatever the process or its environment asks for: Gram
+    matrices and what is solved with them do not survive TF32's 10 bits.
+    """
+    found = float32_products()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if found in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(found)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = found
 
 
 def fast_type(device: str) -> torch.dtype:
@@ -14,6 +44,9 @@ def fast_type(device: str) -> torch.dtype:
 
 
 def mixed_precision(dtype: torch.dtype, device: str) -> torch.autocast:
-    """The context for forward passes of a model of that type whose weights are in float32 while they take gradients."""
-    fast = fast_type(device) if dtype == torch.float32 else dtype
-    return torch.autocast(device, dtype=fast, enabled=fast in (torch.bfloat16, torch.float16))
+    """The context for passes of a model of that type whose weights are in float32 while they take gradients.
+
+    A model in float16 too is passed in bfloat16: its gradients have no range in float16.
+    """
+    fast = fast_type(device) if dtype == torch.float32 else torch.bfloat16
+    return torch.autocast(device, dtype=fast, enabled=fast == torch.bfloat16)

@@ -12,6 +12,7 @@ from .errors import RunError
 from .esd import DegenerateSpectrumError, Spectrum, as_published, cores_for_blas
 from .metrics import METRICS
 from .model import LanguageModel, Matrix
+from .precision import exact_products
 from .progress import progress
 from .results.cache import MetricCache
 from .sequential import walk
@@ -142,6 +143,7 @@ def _complete(model: LanguageModel, metric: str, found: dict, events: list[dict]
     return result
 
 
+@exact_products()
 def allocation_scores(
     model: LanguageModel,
     names: Iterable[str],

@@ -22,10 +22,18 @@ PATIENCE = timedelta(hours=12)
 
 
 def join(device: str) -> None:
-    """Join the group that the launcher's environment describes, if any. `device` is what --device asks for."""
+    """Join the group that the launcher's environment describes, if any. `device` is what --device asks for.
+
+    Raises RunError, in every process, where they cannot have a GPU each.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
+            here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if device not in ("auto", "cuda"):
+                raise RunError(f"--device {device}: several processes take a GPU each; give auto, cuda or cpu")
+            if here > gpus:
+                raise RunError(f"--device {device}: {here} processes for the {gpus} GPUs of this machine; start {gpus}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     elif "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
@@ -51,6 +59,11 @@ def size() -> int:
 def first() -> bool:
     """Whether this process is the one that writes and talks."""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Whether this process says what went wrong: before the group is joined all of a machine meet the same."""
+    return dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def barrier() -> None:

@@ -1,6 +1,6 @@
 """Block recovery: gradient descent on the weights that a block has left, towards the dense block's output."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from statistics import fmean
@@ -20,18 +20,24 @@ RATE = 1e-4  # Adam's, at the start; it falls to zero along a cosine
 SEED = 0
 
 
-def recover(matrices: list[Matrix], forward: Callable[[int], Tensor], wanted: Activations) -> None:
+def recover(
+    matrices: list[Matrix],
+    forward: Callable[[int], Tensor],
+    wanted: Activations,
+    others: Iterable[nn.Parameter] = (),
+) -> None:
     """Train the surviving weights of one block so that `forward(batch)` comes close to `wanted[batch]`, (B, S, d).
 
     The squared error relative to what is wanted is minimised by Adam, EPOCHS times over the batches: weights, gradients
-    and moments in float32, forward and backward passes in bfloat16 where the processor multiplies in it. Zeros stay
-    zeros, and nothing of the optimiser outlives the block. Raises RunError where a weight is no longer finite.
+    and moments in float32, forward and backward passes in bfloat16 where the processor multiplies in it or the model is
+    in half precision. The block's `others` are in float32 meanwhile: no layer takes two half types. Zeros stay zeros,
+    and nothing of the optimiser outlives the block. Raises RunError where a weight is no longer finite.
     """
     batches_a_step = max(1, round(WINDOWS / len(wanted[0]) / ranks.size()))
     steps = min(ranks.gather(-(-len(wanted) // batches_a_step)))  # the same on every rank
     own = [float(batch.float().square().mean()) for batch in wanted]
     scale = fmean(chain(*ranks.gather(own))) or 1.0  # of all ranks, for their gradients are added
-    with _trainable(matrices) as (weights, mixed):
+    with _in_float32(others), _trainable(matrices) as (weights, mixed):
         mixed = mixed if _runs(forward, mixed) else nullcontext
         kept = [weight != 0 for weight in weights]
         adam = torch.optim.Adam(weights, lr=RATE)
@@ -70,6 +76,19 @@ def _rounds(batches: int, steps: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(SEED)
     for _ in range(EPOCHS):
         yield from (part.tolist() for part in torch.randperm(batches, generator=generator).tensor_split(steps))
+
+
+@contextmanager
+def _in_float32(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters in float32; in the end they are what they were."""
+    before = {parameter: parameter.data for parameter in parameters if parameter.is_floating_point()}
+    try:
+        for parameter, data in before.items():
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .errors import RunError
+from .errors import RunError, one_kind_of_failure
 from .masks import Pattern
 from .model import LanguageModel, Matrix
+from .precision import exact_products
 from .progress import progress
 from .pruners import PRUNERS, Pruner
 from .pruners.asymmetry import aim
@@ -26,6 +27,7 @@ from .stream import Beside, Stream
 log = logging.getLogger(__name__)
 
 
+@exact_products()
 def prune_model(
     model: LanguageModel,
     pruner: Pruner,
@@ -87,7 +89,9 @@ def prune_model(
             continue
         if recovery and step.dense is not None and (whole := model.matrices_of(block)):
             with clock("recover"):
-                recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden)
+                weights = {matrix.stored for matrix in whole}
+                others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
+                recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden, others)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
         for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
             log.warning("%s", message)
@@ -139,13 +143,14 @@ def _prune_matrix(
         note(f"{unseen if stats is None else 'its input is always zero'}; pruned by magnitude")
         pruner, stats, rows = PRUNERS["magnitude"], None, None
     try:
-        if asymmetry and stats is not None:
-            weight = aim(weight, stats, asymmetry)
-        if rows is None:
-            weight = pruner.prune(weight, stats, target, pattern)
-        else:
-            rows = rows.to(weight.device)[:, None]
-            weight = (pruner.prune(weight.float() * rows, stats, target, pattern) / rows).to(weight.dtype)
+        with one_kind_of_failure():
+            if asymmetry and stats is not None:
+                weight = aim(weight, stats, asymmetry)
+            if rows is None:
+                weight = pruner.prune(weight, stats, target, pattern)
+            else:
+                rows = rows.to(weight.device)[:, None]
+                weight = (pruner.prune(weight.float() * rows, stats, target, pattern) / rows).to(weight.dtype)
     except RunError as error:
         raise RunError(f"{matrix.name}: {error}") from error
     except torch.linalg.LinAlgError as error:

@@ -197,9 +197,9 @@ class Stream:
         nudges: list[Tensor] = []
         before = self.output(visit, 0)
         hook = stage[0].module.register_forward_hook(nudge)
-        moved = (self.output(visit, 0) - before).flatten(0, -2)
+        moved = (self.output(visit, 0) - before).flatten(0, -2).float()  # whose norm half precision could not hold
         hook.remove()
-        added = nudges[0].flatten(0, -2)
+        added = nudges[0].flatten(0, -2).float()
         # In half precision the sum is rounded; anything but a plain sum is further off than that.
         plain = added.shape == moved.shape and float((moved - added).norm() / added.norm()) < 0.02
         return stage[0] if ranks.from_first(lambda: plain) else None

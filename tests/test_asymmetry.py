@@ -159,3 +159,14 @@ def test_it_brings_the_next_blocks_inputs_closer_to_the_dense_ones():
         prune_model(model, PRUNERS["alps"], targets, Pattern(), tokens, batch_size=8, asymmetry=asymmetry)
         distance[asymmetry] = float((inputs_by_hook(model.model, tokens, names[:1])[names[0]] - before).norm())
     assert distance[0.5] < distance[0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("architecture", "writes"), [("llama", True), ("gemma2", False)])
+def test_the_writer_of_large_outputs(architecture, writes, dtype):
+    """Gemma 2 normalises what its MLP gives before it is added; of large outputs float16 holds no norm."""
+    model = LanguageModel(tiny_model(architecture).to(dtype))
+    last = model.matrices_of(0)[-1]
+    last.write(1e4 * last.weight)
+    stream = Stream(model, tiny_tokens(), 6)
+    assert stream.writer(0, [last]) is (last if writes else None)

@@ -54,12 +54,8 @@ def quantise(tensors: dict, plain: dict) -> None:
     """The blocks' matrices as float8 with a scale for every square of BLOCK; `plain` gets what they stand for."""
     plain |= tensors
     for name, weight in list(tensors.items()):
-        if (
-            name.endswith(".weight")
-            and weight.dim() == 2
-            and len(weight) >= BLOCK
-            and any(part.isdigit() for part in name.split("."))
-        ):
+        inside = name.endswith("weight") and any(part.isdigit() for part in name.split("."))
+        if inside and weight.dim() == 2 and len(weight) >= BLOCK:
             squares = weight.view(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
             scale = squares.abs().amax((1, 3), keepdim=True) / 448
             codes = (squares / scale).to(torch.float8_e4m3fn)

@@ -12,6 +12,7 @@ from lib.allocation.base import MAPPINGS
 from lib.config import RunConfig, prune_methods
 from lib.errors import RunError
 from lib.metrics import METRICS
+from lib.stopwatch import Stopwatch
 
 FIELDS = dataclasses.fields(RunConfig)
 
@@ -157,6 +158,18 @@ def test_out_of_memory_names_the_way_out(flags, capsys):
     assert out == ""
     assert err.count("\n") == 1
     assert "--batch_size 1" in err
+
+
+@pytest.mark.parametrize(("stage", "helps"), [("prune", "another pruner"), ("calibrate", "--nsamples")])
+def test_out_of_memory_names_the_innermost_stage_and_what_helps_it(stage, helps, flags, capsys):
+    def run(_config):
+        clock = Stopwatch()
+        with clock("allocate"), clock(stage):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert cli.main(run, flags) == 2
+    assert f"stage '{stage}'; try --stream, which holds one block at a time, or " in (err := capsys.readouterr().err)
+    assert helps in err
 
 
 def test_interrupted(flags, capsys):

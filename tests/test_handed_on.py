@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, find_source, perplexity, prune_model, results
 from lib.activations import Store
-from lib.load import load_model, open_model, safetensors_files
+from lib.load import load_model, open_model, weight_files
 from lib.results import Journal
 from lib.sequential import walk
-from lib.shards import ShardedModel
+from lib.shards import ShardedModel, Shards
 from lib.stream import Stream
 
 _ALL = {
@@ -168,7 +168,8 @@ def test_what_a_block_shares_with_the_rest_is_refused_when_streamed(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     streamed = open_model(find_source(str(tmp_path / "model")), "cpu")
     streamed.model.model.norm.weight = streamed.model.model.layers[1].input_layernorm.weight
-    streamed = ShardedModel(streamed.model, safetensors_files(find_source(str(tmp_path / "model"))), "tiny")
+    shards = Shards(streamed.model, weight_files(find_source(str(tmp_path / "model"))), "tiny")
+    streamed = ShardedModel(shards)
     with pytest.raises(
         RunError, match=r"--stream: model\.layers\.1\.input_layernorm\.weight is also model\.norm\.weight"
     ):

@@ -69,3 +69,18 @@ def test_types_stay(dtype):
     assert {p.dtype for p in model.model.parameters()} == {dtype}
     assert all(abs(float((m.weight == 0).float().mean()) - 0.5) < 0.02 for m in model.matrices)
     assert any(not torch.equal(a.weight, b.weight) for a, b in zip(model.matrices, plain.matrices, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_small_outputs_in_float16(architecture):
+    """Relative to a small output the error is large, and its gradients are beyond what float16 holds."""
+    hf, small = tiny_model(architecture).to(torch.float16), 1e-3
+    hf.get_input_embeddings().weight.data.mul_(small)
+    model = LanguageModel(hf)
+    for matrix in model.matrices:
+        if matrix.name.endswith(("o_proj", "down_proj", "c_proj", "out_proj", "fc2")):
+            matrix.write(small * matrix.weight)
+    targets = {m.name: 0.5 for m in model.matrices}
+    prune_model(model, PRUNERS["wanda"], targets, Pattern(), tiny_tokens(), batch_size=6, recovery=True)
+    assert {p.dtype for p in model.model.parameters()} == {torch.float16}
+    assert all(m.weight.isfinite().all() for m in model.matrices)

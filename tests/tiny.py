@@ -208,11 +208,13 @@ FURTHER = {
 ARCHITECTURES = CLASSIC | FURTHER
 
 
-def tiny_model(architecture: str, seed: int = 0) -> torch.nn.Module:
-    """A causal LM with weights large enough that a change in any of them shows in the logits."""
+def tiny_model(architecture: str, seed: int = 0, **changed) -> torch.nn.Module:
+    """A causal LM with weights large enough that a change in any of them shows in the logits; with some options of its
+    configuration `changed`.
+    """
     make, options, _ = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    config = make(**{"tie_word_embeddings": False, "initializer_range": 0.15, **options})
+    config = make(**{"tie_word_embeddings": False, "initializer_range": 0.15, **options, **changed})
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

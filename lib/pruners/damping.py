@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import RunError, one_kind_of_failure
 from ..stats import InputStats
 
 DAMPING = 0.01  # of the mean diagonal
@@ -21,7 +21,7 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
     """
     for attempt in range(RETRIES + 1):
         damping = DAMPING * 10**attempt
-        with suppress(torch.linalg.LinAlgError):
+        with suppress(torch.linalg.LinAlgError), one_kind_of_failure():
             found = factorise(damping)
             if all(part.isfinite().all() for part in found):
                 return found

@@ -115,22 +115,21 @@ def remove(
     (w_j - q_j) / U_jj, q the pruned column. On a GPU all of it is one captured graph: launched one by one, its three
     kernels a column would take eight times as long (docs/GPU.md).
     """
-    if not part.is_cuda or gone is not None:
+    if not part.is_cuda:
         mask = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask
         errors = torch.empty_like(part)
-        _column_by_column(part, factor, mask, errors, step, zeros, gone)
+        _column_by_column(part, factor, mask, errors, gone, step, zeros)
         return errors
-    own, run = _graph(part.device, *part.shape, 0 if mask is not None else step, zeros)
-    own.part.copy_(part)
-    own.factor.copy_(factor)
-    if mask is not None:
-        own.mask.copy_(mask)
+    own, run = _graph(part.device, *part.shape, step, zeros, gone is not None)
+    for mine, given in zip(own, (part, factor, mask, None, gone), strict=True):
+        if given is not None:
+            mine.copy_(given)
     run()
     part.copy_(own.part)
     return own.errors
 
 
-def _column_by_column(part, factor, mask, errors, step, zeros, gone=None) -> None:
+def _column_by_column(part, factor, mask, errors, gone, step, zeros) -> None:
     scale = factor.diagonal()[:, None]
     for j in range(len(part)):
         if step and j % step == 0:
@@ -147,11 +146,15 @@ class _Buffers(NamedTuple):
     factor: Tensor
     mask: Tensor
     errors: Tensor
+    gone: Tensor | None
 
 
 @lru_cache(maxsize=8)  # shapes of a model's matrices
-def _graph(device: torch.device, width: int, rows: int, step: int, zeros: int) -> tuple[_Buffers, Callable[[], None]]:
+def _graph(
+    device: torch.device, width: int, rows: int, step: int, zeros: int, some_gone: bool
+) -> tuple[_Buffers, Callable[[], None]]:
     """Tensors and a function that does to them what `_column_by_column` does, captured once."""
     part, errors = torch.zeros(2, width, rows, device=device)
-    own = _Buffers(part, torch.eye(width, device=device), torch.zeros_like(part, dtype=torch.bool), errors)
+    mask, gone = torch.zeros(2, width, rows, dtype=torch.bool, device=device)
+    own = _Buffers(part, torch.eye(width, device=device), mask, errors, gone if some_gone else None)
     return own, captured(lambda: _column_by_column(*own, step, zeros), device)

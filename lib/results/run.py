@@ -21,6 +21,7 @@ from ..activations import Store
 from ..config import RunConfig
 from ..errors import RunError
 from ..model import LanguageModel
+from ..precision import float32_products
 from .checkpoint import MARK
 from .files import append_line, check_folder, write_text
 
@@ -151,12 +152,22 @@ def environment(model: dict) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": model["device"],
-        "device_name": torch.cuda.get_device_name() if model["device"].startswith("cuda") else platform.processor(),
+        "device_name": _device_names(model["device"]),
         "dtype": model["dtype"],
+        "float32_products": float32_products(),
         "threads": torch.get_num_threads(),
         "processes": ranks.size(),
         "git_revision": revision,
     }
+
+
+def _device_names(devices: str) -> str:
+    """What the devices of `model` in run.json are called, each name once."""
+    names = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
+        for device in devices.split(", ")
+    )
+    return ", ".join(dict.fromkeys(names))
 
 
 def write_run(config: RunConfig, record: dict) -> Path:
