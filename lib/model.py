@@ -300,7 +300,7 @@ class LanguageModel:
 
         try:
             with replaced_forward(self.body, body):
-                logits = self.own_logits(torch.zeros(hidden.shape[:2], dtype=torch.long))
+                logits = self.own_logits(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise RunError(
                 f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
