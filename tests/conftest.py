@@ -6,6 +6,8 @@ import forking
 import pytest
 import torch
 from shared import MODEL
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lib import precision
 
@@ -29,3 +31,12 @@ def embedded(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "magnitude on smollm2:" in done.stdout
     return out / "smollm2"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a byte, so that a text's tokens can be written down."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)

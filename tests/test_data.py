@@ -3,19 +3,8 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lib import RunError, calibration_windows, data, evaluation_windows
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One token a byte, so that a text's tokens can be written down."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def ids(tokenizer, text: str) -> torch.Tensor:

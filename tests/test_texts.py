@@ -27,15 +27,6 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    """One token a byte."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-
-@pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return load_tokenizer(find_source(str(model_folder(tmp_path_factory.mktemp("model") / "llama", train()))))
 
