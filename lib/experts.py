@@ -5,6 +5,7 @@ the module says so (an attribute such as `num_experts`), or a router beside it h
 as many outputs as there are experts and lies beside them, not among them.
 """
 
+import re
 from dataclasses import dataclass
 
 import transformers
@@ -65,6 +66,9 @@ class Mixtures:
                 self.stacks[module] = stacks
                 if not is_linear(module):
                     experts[module] = max(stack.count for stack in stacks)
+            for alike in _numbered(module):
+                holder = nn.ModuleList(alike)  # as if they were a list
+                experts[holder], self._parents[holder] = len(alike), module
         for holder in experts:
             self.routers |= self._routers_of(holder, experts)
         if self.routers:
@@ -106,8 +110,10 @@ class Mixtures:
         """
         beside = holder if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)) else self._parents.get(holder)
         while beside is not None:
-            held = {module: count for module, count in experts.items() if module in set(beside.modules())}
-            inside = set(held)
+            around = set(beside.modules())
+            held = {m: count for m, count in experts.items() if m in around or not around.isdisjoint(m.children())}
+            lists = [module for module in held if isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+            inside = {*held, *(each for module in lists for each in module.children())}
             outputs = {n for count in held.values() for n in (count, count + 1)} | {sum(held.values())}
             found: set[nn.Parameter] = set()
             if not is_linear(beside) and (own or beside is not holder):
@@ -129,6 +135,21 @@ class Mixtures:
                 return found
             beside = None if beside is self._block else self._parents[beside]
         return set()
+
+
+def _numbered(module: nn.Module) -> list[list[nn.Module]]:
+    """The children that are alike, in their names but for a number and in the shapes of their parameters, and hold
+    linear maps: experts that are in no list.
+    """
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return []
+    alike: dict[tuple, list[nn.Module]] = {}
+    for name, child in module.named_children():
+        bare = re.sub(r"\d+", "*", name)
+        if bare != name and not is_linear(child) and any(map(is_linear, child.modules())):
+            shapes = tuple((key, parameter.shape) for key, parameter in child.named_parameters())
+            alike.setdefault((bare, shapes), []).append(child)
+    return [found for found in alike.values() if len(found) > 1]
 
 
 def _counts(module: nn.Module, what: str) -> list[int]:

@@ -156,6 +156,20 @@ def test_a_router_is_found_by_its_outputs(make, depth):
     assert routers == {block.chooser[0].weight, block.chooser[2].weight, block.weigh.weight}
 
 
+def test_experts_in_no_list_are_told_by_numbered_names():
+    """Two maps of one module that are numbered (fc1, fc2) are none, nor are numbered modules of different shapes."""
+    block = nn.Module()
+    block.mixture, block.attention = nn.Module(), nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 16))
+    block.mixture.router = nn.Linear(16, 4)
+    for number, expert in enumerate(experts(4)):
+        block.mixture.add_module(f"expert_{number}", expert)
+    assert Mixtures(block).routers == {block.mixture.router.weight}
+    plain = nn.Module()
+    plain.fc1, plain.fc2, plain.gate = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 2)
+    plain.part1, plain.part2 = nn.Sequential(nn.Linear(16, 16)), nn.Sequential(nn.Linear(16, 24))
+    assert not Mixtures(plain).routers
+
+
 def test_a_router_that_is_stored_as_in_by_out():
     block = nn.Module()
     block.choose, block.weigh, block.experts = Conv1D(5, 16), Conv1D(1, 16), experts(5)

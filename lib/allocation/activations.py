@@ -75,12 +75,13 @@ def linear_reconstruction_error(weight: Tensor, gram: Tensor) -> float:
         within = [gram[i : i + width, i : i + width] for i in range(begin, end, width)]
         g = torch.stack(within).to(w.device)  # (groups, g, g)
         cost = w.square() * g.diagonal(dim1=1, dim2=2)
-        group = torch.arange(len(g), device=w.device)
+        first = width * torch.arange(len(g), device=w.device)  # row of each group in all of their rows
+        g = g.flatten(0, 1)
         for _ in range(width // 2):
             least = cost.min(2)
             total += least.values.double().sum()
             taken = least.indices[..., None]  # (out, groups, 1)
-            cost += 2 * w * (w.gather(2, taken) * g[group, taken[..., 0]])
+            cost += 2 * w * (w.gather(2, taken) * g[first + least.indices])
             cost.scatter_(2, taken, torch.inf)
     return float(total)
 
