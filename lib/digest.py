@@ -17,7 +17,8 @@ THREADS = min(8, os.cpu_count() or 1)  # each hashes 1.4 GB/s, where a GPU hands
 
 
 def digest(model) -> str:
-    """SHA-256 of the prunable matrices' names and values, as the metrics read them: it does not depend on --dtype.
+    """SHA-256 of the prunable matrices' names and values, as the metrics read them: in float16, so that it depends on
+    --dtype only where that is bfloat16 and the checkpoint is not.
 
     A few matrices are hashed at a time, beside the reading of the next; `model` is a LanguageModel.
     """
