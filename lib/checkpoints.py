@@ -4,6 +4,8 @@ A file is safetensors or a pickle of PyTorch's; both are mapped into memory, so 
 for pickles from before 2020, which are read whole).
 """
 
+import json
+import os
 import re
 import warnings
 import zipfile
@@ -27,6 +29,15 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LFS = b"version https://git-lfs"
 INDICES = ("BOOL", "I64", "bool", "int64")  # what masks and positions are stored as, and weights never
+
+
+def read_index(path: Path, asked: str) -> tuple[dict, set[str]]:
+    """An index of weights, and the files that it names. Raises RunError, after what was `asked`, for what is none."""
+    try:
+        index = json.loads(path.read_text())
+        return index, {os.fspath(file) for file in index["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{asked}: {path.name} is no index of weights: {error!r}") from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import hub, texts, tokens
-from .errors import RunError
+from .errors import RunError, reason_of
 from .registry import unknown_name
 from .texts import Row
 
@@ -178,7 +178,7 @@ def _text(asked: str, tokenizer, row: Row, add_bos: str) -> str:
     try:
         text = tokenizer.apply_chat_template(row, tokenize=False)
     except Exception as error:  # a template is a program of the model's own
-        reason = " ".join((str(error) or type(error).__name__).split())
+        reason = reason_of(error)
         raise RunError(f"{asked}: a row does not fit the tokenizer's chat template ({reason})") from error
     # The template's own BOS would be a second one.
     begun = add_bos == "every" or tokens.beginning(tokenizer)

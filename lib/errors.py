@@ -14,6 +14,11 @@ class RunError(Exception):
     """
 
 
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, whole, in one line; of one that says nothing its kind."""
+    return " ".join((str(error).strip() or type(error).__name__).split())
+
+
 @contextmanager
 def one_kind_of_failure() -> Iterator[None]:
     """What cuSOLVER fails at, of which torch makes a plain RuntimeError, is a torch.linalg.LinAlgError as on a CPU."""

@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock, get_session, hf_raise_for_status
 from tqdm import tqdm
 from transformers import dynamic_module_utils
 
-from .checkpoints import ADAPTER, WEIGHTS
+from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError
 from .hub_errors import HubError, endpoint, happened, wait_asked_for
 from .progress import silent
@@ -152,10 +152,7 @@ def fetch_weights(snapshot: Snapshot) -> None:
         raise RunError(f"{snapshot.repository.asked}: {where}")
     _fetch_all(snapshot.repository, [found], snapshot.commit)
     if found.endswith(".index.json"):
-        try:
-            shards = set(json.loads((snapshot.folder / found).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{snapshot.repository.asked}: {found} is no index of weights: {error!r}") from error
+        _, shards = read_index(snapshot.folder / found, snapshot.repository.asked)
         if missing := sorted(shards - snapshot.names):
             where = cached or "not in the repository"
             raise RunError(f"{snapshot.repository.asked}: {missing[0]}, which {found} names, is {where}")

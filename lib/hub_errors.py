@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import httpx
 
-from .errors import RunError
+from .errors import RunError, reason_of
 
 INSTEAD = {"model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'"}
 
@@ -40,9 +40,9 @@ def happened(error: BaseException, name: str, kind: str = "model") -> tuple[str,
         if isinstance(cause, (json.JSONDecodeError, errors.FileMetadataError)):
             return f"{endpoint()} does not answer as the hub does", "is it a login page, or HF_ENDPOINT wrong?"
         if isinstance(cause, errors.HFValidationError):
-            return f"cannot be a name on the hub ({_line(cause)})", ""
+            return f"cannot be a name on the hub ({reason_of(cause)})", ""
         cause = cause.__cause__ or cause.__context__
-    return f"cannot be fetched: {_line(error)}", ""
+    return f"cannot be fetched: {reason_of(error)}", ""
 
 
 def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, str]:
@@ -73,7 +73,7 @@ def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, s
 
 def _failed(error: httpx.TransportError, kind: str) -> tuple[str, str]:
     """Of a request that got no answer, or not all of it."""
-    said, url = _line(error), error.request.url
+    said, url = reason_of(error), error.request.url
     host = f"{url.scheme}://{url.netloc.decode()}"
     if isinstance(error, httpx.ProxyError):
         return f"the proxy to {host} fails ({said})", "check HTTPS_PROXY and NO_PROXY"
@@ -96,7 +96,3 @@ def wait_asked_for(response: httpx.Response) -> float:
     if found := re.search(r"\bt=(\d+)", response.headers.get("ratelimit", "")):
         told = found[1]
     return float(told) if told.isdigit() else 0.0
-
-
-def _line(error: BaseException) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())

@@ -3,7 +3,6 @@
 import copy
 import functools
 import importlib.util
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import transformers
 from accelerate import init_empty_weights
 
 from . import generation, hub, quantized, ranks, tokens
-from .checkpoints import ADAPTER, WEIGHTS
-from .errors import RunError
+from .checkpoints import ADAPTER, WEIGHTS, read_index
+from .errors import RunError, reason_of
 from .model import LanguageModel
 from .placement import place
 from .shards import ShardedModel, Shards
@@ -118,7 +117,7 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, tokenizers, safetensors and the hub client have no common base class
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        reason = reason_of(error)
         if "trust_remote_code" in reason:
             raise RunError(
                 f"--model {source.name}: brings code of its own; allow it with --trust_remote_code"
@@ -281,7 +280,7 @@ def _empty(source: Source, dtype: torch.dtype) -> torch.nn.Module:
                 config, dtype=dtype, trust_remote_code=source.trust_remote_code
             )
     except Exception as error:  # whatever a model's own code makes of settings that do not go together
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        reason = reason_of(error)
         raise RunError(
             f"--model {source.name}: its configuration describes no model that can be built: {reason[:300]}"
         ) from error
@@ -330,11 +329,8 @@ def weight_files(source: Source) -> list[Path]:
     for name in filter(functools.partial(beside, source), [named] if named else WEIGHTS):
         if not name.endswith(".index.json"):
             return [folder / name]
-        try:
-            index = json.loads((folder / name).read_text())
-            files = {folder / shard for shard in index["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"--model {source.name}: {name} is no index of weights: {error!r}") from error
+        index, shards = read_index(folder / name, f"--model {source.name}")
+        files = {folder / shard for shard in shards}
         if not isinstance(index.get("metadata"), dict):
             raise RunError(
                 f"--model {source.name}: {name} has no metadata, without which transformers does not read it; "

@@ -5,7 +5,7 @@ import inspect
 
 from transformers import PretrainedConfig
 
-from .errors import RunError
+from .errors import RunError, reason_of
 
 KEY = "quantization_config"
 
@@ -44,7 +44,7 @@ def dequantizing(config: PretrainedConfig, model: str) -> PretrainedConfig:
         try:
             _quantizer(part)
         except Exception as error:  # a package that is missing, or whatever a method makes of settings it cannot read
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise RunError(f"--model {model}: its weights are quantised ({method}): {reason[:300]}") from error
     return config
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import RunError
+from .errors import RunError, reason_of
 
 Row = str | list[dict]
 
@@ -64,7 +64,7 @@ def reading(asked: str) -> Iterator[None]:
     except Exception as error:  # datasets and pyarrow have no common base class
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise RunError(f"{asked}: does not fit, unpacked, into {tempfile.gettempdir()}; set TMPDIR") from error
-        raise RunError(f"{asked}: cannot be read ({' '.join((str(error) or type(error).__name__).split())})") from error
+        raise RunError(f"{asked}: cannot be read ({reason_of(error)})") from error
 
 
 class Shard(Sequence[Row]):
