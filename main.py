@@ -94,13 +94,16 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     rows = None
     if config.fisher:
         with clock("fisher"):
-            rows = row_weights(row_fisher(model, calibration), config.fisher)
+            rows = row_weights(row_fisher(model, calibration, store, remember), config.fisher)
 
     with clock("allocate"):
         planned = remember(
             "plan",
-            lambda: plan(config, model, scores, calibration, held_out, row_weights=rows, batch_size=batch, store=store),
-        )
+            lambda: plan(
+                config, model, scores, calibration, held_out, row_weights=rows, batch_size=batch, store=store,
+                remember=remember,
+            ),
+        )  # fmt: skip
     targets = planned["targets"]
     events += planned["events"]
 

@@ -1,8 +1,9 @@
-"""Where the hidden states of many windows live: in memory, or past a limit in a memory-mapped file."""
+"""Where many windows' hidden states, and weights set aside, live: in memory, or past a limit in memory-mapped files."""
 
 import os
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -13,18 +14,34 @@ from .errors import RunError
 from .memory import on_host
 
 
-@dataclass(frozen=True)
+@dataclass
 class Store:
-    """folder takes the file, which has no name left once it is open; `limit` bytes may stay in memory, and where it is
-    None a quarter of what is free.
+    """folder takes the files, which have no name left once they are open; `limit` bytes may stay in memory in all, and
+    where it is None of each request a quarter of what is free then.
     """
 
     folder: Path
     limit: int | None = None
+    held: int = field(default=0, init=False)  # bytes in memory
 
     def fits(self, size: int) -> bool:
-        limit = psutil.virtual_memory().available // 4 if self.limit is None else self.limit
-        return size <= limit
+        return size <= (psutil.virtual_memory().available // 4 if self.limit is None else self.limit - self.held)
+
+    def hold(self, size: int, owner: object) -> None:
+        """So many bytes lie in memory for as long as `owner` lives."""
+        self.held += size
+        weakref.finalize(owner, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.held -= size
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of the tensor on the host, in memory or in a file."""
+        if not self.fits(tensor.nbytes):
+            return self.map(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+        copy = on_host(tensor)
+        self.hold(tensor.nbytes, copy)
+        return copy
 
     def map(self, size: int, dtype: torch.dtype) -> Tensor:
         """A tensor of `size` elements whose memory is a file. Raises RunError where the disk has no room for it."""
@@ -66,7 +83,10 @@ class Activations:
     def _append(self, value: Tensor) -> None:
         if self._store is not None and not self._batches:
             elements = value.numel() * -(-self._windows // self._batch_size)
-            if not self._store.fits(elements * value.element_size()):
+            size = elements * value.element_size()
+            if self._store.fits(size):
+                self._store.hold(size, self)
+            else:
                 self._mapped = self._store.map(elements, value.dtype)
         if self._mapped is None:
             self._batches.append(self._kept(value))

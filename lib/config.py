@@ -180,9 +180,6 @@ class RunConfig:
             return
         if self.stream and self.save_model is None:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
-        if self.stream and (self.held_out or self.fisher):
-            why = "--fisher takes gradients" if self.fisher else "_search and auto parameters try prunings"
-            raise RunError(f"--stream: holds one block at a time, while {why} of the whole model")
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
         if self.use_variant and PRUNERS[self.pruner].variant is None:

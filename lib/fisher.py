@@ -1,33 +1,45 @@
 """What an output of a matrix matters to the loss: the empirical Fisher information of the weights that make it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from . import ranks
+from .activations import Store
 from .gradients import visit_gradients
 from .model import LanguageModel, Matrix
 
 LEAST = 1e-6  # of the mean: what an output is taken to matter at least
 
 
-def row_fisher(model: LanguageModel, windows: Tensor) -> dict[str, Tensor]:
+def row_fisher(
+    model: LanguageModel,
+    windows: Tensor,
+    store: Store | None = None,
+    remember: Callable[[str, Callable], dict] = lambda _, measure: measure(),
+) -> dict[str, Tensor]:
     """matrix name -> (out,) mean over the windows and the row's weights of the squared gradient of a window's loss.
 
-    windows (n, seqlen) token ids, of which each rank takes its share. The diagonal of the empirical Fisher information
-    averaged over rows (Kronecker-factored pruning, as in the LLM Surgeon, van der Ouderaa et al., ICLR 2024,
-    arXiv 2312.17244, keeps more of it).
+    windows (n, seqlen) token ids, of which each rank takes its share; `store` takes what a streamed model's gradients
+    need (lib/gradients.py), and `remember(key, measure)` gives `measure()` or what it was before. The diagonal of the
+    empirical Fisher information averaged over rows (Kronecker-factored pruning, as in the LLM Surgeon, van der Ouderaa
+    et al., ICLR 2024, arXiv 2312.17244, keeps more of it).
     """
-    found = {m.name: torch.zeros(m.shape[0], device=m.weight.device) for m in model.matrices}
+    found: dict[str, Tensor] = {}
 
     def add(matrix: Matrix, gradient: Tensor) -> None:
+        if matrix.name not in found:
+            found[matrix.name] = gradient.new_zeros(matrix.shape[0], dtype=torch.float32)
         found[matrix.name] += gradient.float().square().mean(1) / len(windows)
 
-    visit_gradients(model, windows, add)
-    for fisher in found.values():
-        ranks.add_up(fisher)
-    return found
+    def measure() -> dict[str, list[float]]:
+        visit_gradients(model, windows, add, store=store)
+        for matrix in model.matrices:  # an expert may have had no token
+            ranks.add_up(found.setdefault(matrix.name, torch.zeros(matrix.shape[0], device=model.device)))
+        return {matrix.name: found[matrix.name].tolist() for matrix in model.matrices}
+
+    return {name: torch.tensor(rows) for name, rows in remember("fisher", measure).items()}
 
 
 def row_weights(fisher: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """The loss's gradients with respect to the prunable weights, one parameter at a time."""
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,23 +11,70 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import ranks
+from .activations import Activations, Store
 from .blocks import replaced_forward
-from .model import LanguageModel, Matrix
+from .errors import RunError
+from .model import FEW, LanguageModel, Matrix
 from .precision import mixed_precision
 from .progress import progress
+from .route import Leaf
+from .stream import ENTRY, Stream
+
+T = TypeVar("T")
+Visit = Callable[[Matrix, Tensor], None]
+Given = Callable[[Leaf, int], Tensor | None]
 
 
 def visit_gradients(
-    model: LanguageModel, windows: Tensor, visit: Callable[[Matrix, Tensor], None], *, batch_size: int = 1
+    model: LanguageModel, windows: Tensor, visit: Visit, *, batch_size: int = 1, store: Store | None = None
 ) -> None:
     """Call `visit(matrix, gradient)`, (out, in), of every matrix that a batch's loss depends on, batch by batch.
 
     windows (n, seqlen) token ids, of which each rank takes its share; the loss is summed over their predicted tokens,
     in nats. No gradient outlives the call that it is handed to. A GPU takes one window a pass and keeps of each block
-    its input only, from which the pass back computes it again.
+    its input only, from which the pass back computes it again. So it is of a streamed model, all windows block by
+    block: forward, what each block gives being held in `store`, and then back.
     """
+    check_differentiable(model)
+    mine, on_gpu = ranks.mine(windows), model.device.type == "cuda"
+    if on_gpu:
+        batch_size = 1
+    if model.streamed:
+        _block_by_block(model, mine, visit, batch_size, store)
+        return
+    passing, _ = _passing(model, lambda: model.hidden_states(mine[:1, :FEW]))
+    with ExitStack() as stack:
+        stack.enter_context(_asked(model.matrices, visit))
+        for block in model.blocks if on_gpu else ():
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, again))
+        with progress(None, "gradients", "window", total=len(mine)) as bar:
+            for tokens in mine.split(batch_size):
+                with torch.enable_grad(), passing():
+                    loss = _loss(model.own_logits(tokens), tokens)
+                loss.backward()
+                bar.update(len(tokens))
+
+
+def check_differentiable(model: LanguageModel) -> None:
+    """Raises RunError for a streamed model a matrix of which is part of several blocks."""
+    for matrix in model.matrices if model.streamed else ():
+        if len({use.block for use in matrix.uses}) > 1:
+            raise _used_again(model, matrix.name)
+
+
+def _used_again(model: LanguageModel, what: str) -> RunError:
+    return RunError(
+        f"--stream: gradients are taken block by block, and {what} is used more than once on the way through "
+        f"{model.name}; leave out --stream, or what takes gradients (_search, --fisher)"
+    )
+
+
+@contextmanager
+def _asked(matrices: Iterable[Matrix], visit: Visit) -> Iterator[None]:
+    """While passes back hand these matrices' gradients to `visit`."""
     readers: dict[torch.nn.Parameter, list[Matrix]] = {}
-    for matrix in model.matrices:
+    for matrix in matrices:
         readers.setdefault(matrix.stored, []).append(matrix)
 
     def reached(parameter: torch.nn.Parameter) -> None:
@@ -34,23 +82,99 @@ def visit_gradients(
             visit(matrix, matrix.view(parameter.grad))
         parameter.grad = None
 
-    mine, on_gpu = ranks.mine(windows), model.device.type == "cuda"
-    if on_gpu:
-        batch_size = 1
     with ExitStack() as stack:
         for parameter in readers:
             parameter.requires_grad_(True)
             stack.callback(parameter.requires_grad_, False)
             stack.callback(parameter.register_post_accumulate_grad_hook(reached).remove)
-        for block in model.blocks if on_gpu else ():
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            stack.enter_context(replaced_forward(block, again))
-        with progress(None, "gradients", "window", total=len(mine)) as bar:
-            for batch in mine.split(batch_size):
-                tokens = batch.to(model.device)
-                with torch.enable_grad(), mixed_precision(model.model.dtype, model.device.type):
-                    logits = model.own_logits(tokens)[:, :-1]
-                    targets = tokens[:, 1:].flatten().to(logits.device)
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
-                loss.backward()
-                bar.update(len(batch))
+        yield
+
+
+def _passing(model: LanguageModel, first: Callable[[], T]) -> tuple[Callable[[], AbstractContextManager], T]:
+    """In what precision passes are run, and what the `first` one gives: mixed, where the model's own code bears that.
+
+    Raises RunError where a float16 model's does not, whose gradients have no range without.
+    """
+    mixed = functools.partial(mixed_precision, model.model.dtype, model.device.type)
+    try:
+        with mixed():
+            return mixed, first()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # code that puts numbers of two types together where autocast has changed one
+        if model.model.dtype == torch.float16:
+            why = str(error).splitlines()[0]
+            raise RunError(f"--model {model.name}: its gradients need --dtype bfloat16 or float32 ({why})") from error
+    return nullcontext, first()
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy, summed, of logits (B, S, vocabulary) for the tokens (B, S) that follow."""
+    targets = tokens[:, 1:].flatten().to(logits.device)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum")
+
+
+def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_size: int, store: Store | None) -> None:
+    passing, stream = _passing(model, lambda: Stream(model, windows, min(batch_size, len(windows)), store, keep=True))
+    for block in stream.visits:
+        if stream.visits.count(block) > 1:
+            raise _used_again(model, model.block_names[block])
+    visits, back = list(enumerate(stream.visits)), _Back(stream, passing)
+    for number, block in progress(visits, "gradients, forward", "block"):
+        with model.resident_block(block), passing():
+            stream.advance(number)
+    for batch in progress(range(len(stream)), "gradients, loss", "batch"):
+        back.from_loss(batch)
+    for number, block in progress(visits[::-1], "gradients, back", "block"):
+        with model.resident_block(block), _asked(model.matrices_of(block), visit):
+            for batch in range(len(stream)):
+                back.through(number, batch)
+
+
+class _Back:
+    """The gradients with respect to what a stream has kept, from the loss backwards; the contexts that `passing` gives
+    are those of its passes.
+    """
+
+    def __init__(self, stream: Stream, passing: Callable[[], AbstractContextManager]):
+        self._stream, self._passing = stream, passing
+        self._gradients: dict[Leaf, Activations] = {}
+
+    def from_loss(self, batch: int) -> None:
+        model, tokens, route = self._stream.model, self._stream.batches[batch], self._stream.route
+
+        def loss(given: Given) -> list[tuple[Tensor, Tensor | None]]:
+            _, logits = route.calls(model, tokens, lambda leaf: given(leaf, batch), run=model.own_logits)
+            return [(_loss(logits, tokens), None)]
+
+        self._take(batch, loss)
+
+    def through(self, visit: int, batch: int) -> None:
+        """Through one visit, computed again."""
+        stream, block = self._stream, self._stream.block(visit)
+
+        def outputs(given: Given) -> list[tuple[Tensor, Tensor | None]]:
+            leaves = stream.route.call(visit, block, stream.arguments(visit, batch, given))
+            wanted = [(value, self._gradients.get((visit, place))) for place, value in enumerate(leaves)]
+            return [(value, gradients[batch]) for value, gradients in wanted if gradients is not None]
+
+        self._take(batch, outputs)
+
+    def _take(self, batch: int, forward: Callable[[Given], list[tuple[Tensor, Tensor | None]]]) -> None:
+        """The gradients of one batch from what `forward` returns, a gradient with each, to what it was given."""
+        asked: dict[Leaf, Tensor] = {}
+
+        def given(leaf: Leaf, batch: int) -> Tensor | None:
+            value = self._stream.given(leaf, batch)
+            if value is None or leaf == ENTRY or not value.is_floating_point():
+                return value
+            return asked.setdefault(leaf, value.detach().requires_grad_())
+
+        with torch.enable_grad(), self._passing():
+            pairs = [(value, gradient) for value, gradient in forward(given) if value.requires_grad]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        for leaf, value in asked.items():
+            found = torch.zeros_like(value) if value.grad is None else value.grad
+            held = self._gradients.setdefault(leaf, self._stream.hidden.empty())
+            held.put(batch, found if batch == len(held) else held[batch] + found)

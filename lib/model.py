@@ -6,7 +6,7 @@ of a stack of experts. Embeddings, norms, the head and routers are none; whateve
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from .activations import Store
 from .blocks import Changes, Seen, accepted, find_blocks, find_body, is_causal, replaced_forward
 from .digest import digest
 from .errors import RunError
@@ -151,6 +152,20 @@ class LanguageModel:
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
 
+    @contextmanager
+    def restored(self, store: Store | None = None) -> Iterator[Callable | None]:
+        """While matrices are changed on trial: in the end they are as they were.
+
+        Yields what is to be called with the index of each block that was changed, while it is resident; None where
+        there is no need. A copy of the weights is held meanwhile: on the host, or in `store` those of a streamed model.
+        """
+        weights = {matrix: on_host(matrix.weight) for matrix in self.matrices}
+        try:
+            yield None
+        finally:
+            for matrix, weight in weights.items():
+                matrix.write(weight)
+
     def block_state(self, index: int) -> dict[str, Tensor]:
         """The tensors of a block, which is resident, by name."""
         return self.blocks[index].state_dict(prefix=f"{self.block_names[index]}.")
@@ -260,7 +275,6 @@ class LanguageModel:
                 f"({changes.found}), so that what is pruned and saved is not what was loaded{advice}"
             )
 
-    @torch.no_grad()
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Last hidden state of token ids (B, S), after the final norm and before the head; (B, S, d).
 
@@ -329,17 +343,6 @@ class LanguageModel:
             f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
             f"{type(self.body).__name__}; it is not supported"
         )
-
-
-@contextmanager
-def kept(model: LanguageModel) -> Iterator[dict[Matrix, Tensor]]:
-    """The prunable weights, on the host; whatever is done to the model's is undone in the end."""
-    weights = {matrix: on_host(matrix.weight) for matrix in model.matrices}
-    try:
-        yield weights
-    finally:
-        for matrix, weight in weights.items():
-            matrix.write(weight)
 
 
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:

@@ -46,8 +46,10 @@ def plan(
     own, of_blocks, asymmetry, searches = {}, {}, config.asymmetry, []
     trials = None
     if config.held_out:
-        prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size)
-        trials = Trials(model, prune, calibration, held_out, batch_size)
+        prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size, store=store)
+        way = f"{config.pruner} {config.use_variant} {config.fisher:g} {config.sparsity_type}"
+        remembered = lambda key, measure: remember(f"{key} {way}", measure)  # noqa: E731
+        trials = Trials(model, prune, calibration, held_out, batch_size, store, remembered)
     if asymmetry == AUTO:
         uniform = dict.fromkeys((matrix.name for matrix in model.matrices), config.sparsity)
         searches.append(trials.best("asymmetry", {value: (uniform, value) for value in ASYMMETRIES}))
@@ -63,6 +65,7 @@ def plan(
                 store=store,
             )[config.allocation],
         )  # fmt: skip
+        of_blocks = {int(block): value for block, value in of_blocks.items()}  # which JSON remembers as strings
     elif allocation.measured:
         own, marginals = remember(
             f"{config.prune_method} {config.use_variant} {asymmetry:g} {config.fisher:g} {config.sparsity:g} "

@@ -75,9 +75,11 @@ class Route:
         return tree_flatten((output, inside.written()))[0]
 
     def calls(
-        self, model: LanguageModel, tokens: Tensor, leaf: Callable[[Leaf], Tensor | None], end: int | None = None
-    ) -> tuple[list[Call], Tensor | None]:
-        """The arguments of the visits, in order, of a forward pass that runs no block, and its last hidden state.
+        self, model: LanguageModel, tokens: Tensor, leaf: Callable[[Leaf], Tensor | None], end: int | None = None,
+        run: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[list[Call], Tensor | None]:  # fmt: skip
+        """The arguments of the visits, in order, of a forward pass that runs no block, and its last hidden state; or
+        what `run(tokens)` gives in place of that.
 
         leaf((visit, place)) is given in place of a block's; where it is None, the hidden state goes through the block
         unchanged, and anything else is what nothing is made of. The pass ends at the visit `end`, if any, and gives no
@@ -105,7 +107,7 @@ class Route:
 
         last = None
         with _replaced_blocks(model, stand_in), suppress(StopForward):
-            last = model.hidden_states(tokens)
+            last = (run or model.hidden_states)(tokens)
         if end is None and len(calls) < len(self.visits):
             raise RunError(f"--model {model.name}: not all windows go through its blocks in the same order")
         return calls, last

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging
 
 from . import quantized
+from .activations import Store
 from .checkpoints import PLAIN, headers, opened
 from .errors import RunError
 from .model import LanguageModel, Matrix
@@ -220,6 +221,7 @@ class ShardedModel(LanguageModel):
         self._device = torch.device(device)
         self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
+        self._on_trial: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
         inside = [tuple(name for name in state if name.startswith(f"{block}.")) for block in self.block_names]
@@ -289,6 +291,8 @@ class ShardedModel(LanguageModel):
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
             for name, (_, alias) in places.items():
                 _set(self.model, name, _get(self.model, alias))
+                if upto is None and alias in self._on_trial:
+                    _get(self.model, alias).copy_(self._on_trial[alias])
             yield
         finally:
             self._shards.drop({*names, *(alias for _, alias in places.values())})
@@ -306,6 +310,19 @@ class ShardedModel(LanguageModel):
     def resident_block(self, index: int, upto: int | None = None):
         with self._resident(self._inside[index], upto):
             yield
+
+    @contextmanager
+    def restored(self, store: Store | None = None):
+        def changed(index: int, *_) -> None:
+            last = {self._names(name)[0] for name in self._inside[index] if self._last_block[name] == index}
+            for name in last:
+                value = _get(self.model, name)
+                self._on_trial |= dict.fromkeys(self._names(name), store.copy(value) if store else value.clone())
+
+        try:
+            yield changed
+        finally:
+            self._on_trial = {}
 
     @contextmanager
     def resident_in_forward(self, index: int):

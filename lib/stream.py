@@ -5,7 +5,7 @@ Every block is called with exactly the arguments that the model itself passes to
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -50,20 +50,23 @@ class Stream:
     Making one follows the model's own forward pass on the first window, and checks on it that the blocks called one by
     one give what that gives; raises RunError for a model of which that is not true.
 
-    route   the visits in order, each a call of one block, and what goes from one to the other
-    hidden  the hidden state that the last visit gave
+    route    the visits in order, each a call of one block, and what goes from one to the other
+    hidden   the hidden state that the last visit gave
+    batches  the windows (B, S)
+
+    What no later visit reads makes room for what comes, unless the stream is to `keep` all.
     """
 
     def __init__(
         self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None,
-        route: Route | None = None,
+        route: Route | None = None, keep: bool = False,
     ):  # fmt: skip
-        self.model, self._windows, self._store = model, windows.split(batch_size), store
+        self.model, self.batches, self._store, self._keep = model, windows.split(batch_size), store, keep
         self.route = _follow(model, windows[:1]) if route is None else route
         self.hidden = Activations(model.device, len(windows), batch_size, store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
         self._calls: list[list[Call | None]] = []  # [batch][visit] -> arguments beside the hidden state, where kept
-        for tokens in self._windows:
+        for tokens in self.batches:
             with torch.no_grad():
                 calls, _ = self.route.calls(model, tokens, self._nothing, end=None if self.route.plain else 0)
             hidden, calls = split(calls[0])[0], [split(call)[1] for call in calls]
@@ -103,18 +106,22 @@ class Stream:
         """Batches."""
         return len(self.hidden)
 
-    def arguments(self, visit: int, batch: int) -> Call:
-        """What the model calls the block with on that visit, all visits before it having been received."""
+    def arguments(self, visit: int, batch: int, given: Callable[[Leaf, int], Tensor | None] | None = None) -> Call:
+        """What the model calls the block with on that visit, all visits before it having been received: made of what
+        `given(leaf, batch)` is, which is what was received unless something else stands in for it.
+        """
+        given = given or self.given
         kept = self._calls[batch][visit] if self.route.plain else None
         if kept is None:
-            tokens = self._windows[batch]
-            calls, _ = self.route.calls(self.model, tokens, lambda leaf: self._given(leaf, batch), end=visit)
+            tokens = self.batches[batch]
+            calls, _ = self.route.calls(self.model, tokens, lambda leaf: given(leaf, batch), end=visit)
             if not self.route.plain:
                 return calls[visit]
             _, kept = split(calls[visit])
-        return filled(kept, self._held[self._output_of(visit - 1)][batch])
+        return filled(kept, given(self._output_of(visit - 1), batch))
 
-    def _given(self, leaf: Leaf, batch: int) -> Tensor | None:
+    def given(self, leaf: Leaf, batch: int) -> Tensor | None:
+        """What was received of it, where that is still held."""
         held = self._held.get(leaf)
         return None if held is None or batch >= len(held) else held[batch]
 
@@ -142,8 +149,10 @@ class Stream:
 
     def _make_room(self, visit: int) -> None:
         """Places for what this visit gives, if need be those of what is wanted no more once it has its arguments."""
-        self._held = {leaf: held for leaf, held in self._held.items() if self._wanted(leaf) >= visit}
-        free = [held for leaf, held in self._held.items() if self._wanted(leaf) == visit]
+        free = []
+        if not self._keep:
+            self._held = {leaf: held for leaf, held in self._held.items() if self._wanted(leaf) >= visit}
+            free = [held for leaf, held in self._held.items() if self._wanted(leaf) == visit]
         for place, like in enumerate(self.route.leaves[visit]):
             leaf = visit, place
             if leaf in self.route.same_as or not (self._wanted(leaf) > visit or leaf == self._output_of(visit)):
@@ -248,8 +257,8 @@ class Stream:
     @torch.no_grad()
     def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch's tokens (B, S) and last hidden state (B, S, d), once it made every visit."""
-        for batch, tokens in enumerate(self._windows):
-            _, last = self.route.calls(self.model, tokens, lambda leaf, batch=batch: self._given(leaf, batch))
+        for batch, tokens in enumerate(self.batches):
+            _, last = self.route.calls(self.model, tokens, lambda leaf, batch=batch: self.given(leaf, batch))
             yield tokens, last
 
 

@@ -1,15 +1,20 @@
 """Prunings on trial: how well the model does on windows held out, and the weights put back."""
 
+import hashlib
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
+from .activations import Store
 from .attribution import attribute
 from .evaluate import perplexity
-from .model import LanguageModel, kept
+from .gradients import check_differentiable
+from .model import LanguageModel, Matrix
 
 log = logging.getLogger(__name__)
 
@@ -23,23 +28,26 @@ def on_trial(calibration: Tensor) -> Tensor:
 
 
 class Trials:
-    """Prunes with `prune(targets, asymmetry, windows)`, measures the loss on `held_out` windows and undoes it.
+    """Prunes with `prune(targets, asymmetry, windows, commit=)`, measures the loss on `held_out` windows and undoes it.
 
     Each trial reads the calibration windows of `on_trial`, and meanwhile a copy of the prunable weights is held, on the
-    host.
+    host; of a streamed model in `store`. `remember(key, measure)` gives `measure()`, or what it was before for the same
+    model, windows and way to prune.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        prune: Callable[[Mapping[str, float], float, Tensor], None],
+        prune: Callable,
         calibration: Tensor,
         held_out: Tensor,
         batch_size: int,
+        store: Store | None = None,
+        remember: Callable[[str, Callable], dict] = lambda _, measure: measure(),
     ):
-        self._model, self._prune, self._batch_size = model, prune, batch_size
-        self._windows, self._held_out = on_trial(calibration), held_out
-        self._known: dict[tuple, float] = {}  # sparsities and asymmetry -> the perplexity they gave
+        self._model, self._prune, self._batch_size, self._store = model, prune, batch_size, store
+        self._windows, self._held_out, self._remember = on_trial(calibration), held_out, remember
+        self._known: dict[str, dict] = {}  # sparsities and asymmetry -> their perplexity and its seconds
 
     def marginals(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
         """matrix name -> its part of the loss's rise up to that uniform sparsity, and how they were found.
@@ -50,14 +58,14 @@ class Trials:
         """
         step, begin = 1 / group if group else STEP, time.perf_counter()
         levels, names = [max(sparsity - step, 0.0), sparsity], [matrix.name for matrix in self._model.matrices]
-        with kept(self._model) as weights:
-            self._prune(dict.fromkeys(names, levels[0]), asymmetry, self._windows)
-            before = {matrix: matrix.weight.clone() for matrix in weights}
-            for matrix, weight in weights.items():
-                matrix.write(weight)
-            self._prune(dict.fromkeys(names, levels[1]), asymmetry, self._windows)
+        check_differentiable(self._model)
+        with self._pruned(dict.fromkeys(names, levels[0]), asymmetry):
+            before = self._weights()
+        with self._pruned(dict.fromkeys(names, levels[1]), asymmetry) as changed:
             uniform = self._perplexity("uniform sparsities")
-            parts = attribute(self._model, before, self._held_out, batch_size=self._batch_size)
+            parts = attribute(
+                self._model, before, self._held_out, batch_size=self._batch_size, store=self._store, changed=changed
+            )
         found = {
             "parameter": "sparsities", "levels": levels, "uniform": uniform,
             "rise": math.fsum(parts.values()), "calibration_windows": len(self._windows),
@@ -85,17 +93,39 @@ class Trials:
                 break
         return self._record(parameter, tried, chosen)
 
+    @contextmanager
+    def _pruned(self, targets: Mapping[str, float], asymmetry: float) -> Iterator[Callable | None]:
+        """While the model is pruned on trial; gives what `LanguageModel.restored` does."""
+        with self._model.restored(self._store) as changed:
+            self._prune(targets, asymmetry, self._windows, commit=changed)
+            yield changed
+
+    def _weights(self) -> dict[Matrix, Tensor]:
+        found = {}
+        for block in range(len(self._model.blocks)):
+            with self._model.resident_block(block):
+                for matrix in self._model.matrices_of(block):
+                    found[matrix] = self._store.copy(matrix.weight) if self._store else matrix.weight.clone()
+        return found
+
     def _perplexity(self, what: str) -> float:
-        return perplexity(self._model, self._held_out, batch_size=self._batch_size, what=what)
+        windows, store = self._held_out, self._store
+        return perplexity(self._model, windows, batch_size=self._batch_size, what=what, store=store)
 
     def _try(self, parameter: str, value: float, targets: Mapping[str, float], asymmetry: float) -> dict:
-        begin, key = time.perf_counter(), (*targets.values(), asymmetry)
+        def measure() -> dict:
+            begin = time.perf_counter()
+            with self._pruned(targets, asymmetry):
+                found = self._perplexity(f"{parameter} {value:g}")
+            return {"perplexity": found, "seconds": time.perf_counter() - begin}
+
+        key = hashlib.sha256(json.dumps([asymmetry, *targets.values()]).encode()).hexdigest()[:16]
+        seconds = 0.0
         if key not in self._known:
-            with kept(self._model):
-                self._prune(targets, asymmetry, self._windows)
-                self._known[key] = self._perplexity(f"{parameter} {value:g}")
-        log.info("%s %g: perplexity %.4f on windows held out", parameter, value, self._known[key])
-        return {"value": value, "perplexity": self._known[key], "seconds": time.perf_counter() - begin}
+            self._known[key] = self._remember(f"trial {key}", measure)
+            seconds = self._known[key]["seconds"]
+        log.info("%s %g: perplexity %.4f on windows held out", parameter, value, self._known[key]["perplexity"])
+        return {"value": value, "perplexity": self._known[key]["perplexity"], "seconds": seconds}
 
     def _record(self, parameter: str, tried: list[dict], chosen: float) -> dict:
         return {

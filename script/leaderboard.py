@@ -35,7 +35,6 @@ from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
-from lib.model import kept
 from lib.plan import plan, prune_to
 from lib.quality import allocation_scores
 from lib.stopwatch import Stopwatch
@@ -265,7 +264,7 @@ class Runner:
 
     def _shared(self, config: RunConfig, calibration: Tensor, batch: int, key: str, measure):
         """What `plan` measures, from the one pass over the dense model where it is an allocation's own scores."""
-        if not ALLOCATIONS[config.allocation].score:
+        if not ALLOCATIONS[config.allocation].score or key.startswith("trial"):
             return self._remember(key, *_windows_of(config), measure=measure)
         return self._remember(
             "scores", config.mapping_type, config.owl_m, *_windows_of(config),
@@ -298,7 +297,7 @@ class Runner:
 
         reset_peak()
         self._saved = 0.0
-        with kept(self._model):
+        with self._model.restored():
             with clock("all of pruning"):
                 rows = row_weights(self._fisher(config, calibration), config.fisher) if config.fisher else None
             shared, self._saved = self._saved, 0.0

@@ -7,7 +7,6 @@ from tiny import tiny_model, tiny_tokens
 from lib import LanguageModel, trials
 from lib.attribution import attribute
 from lib.evaluate import perplexity
-from lib.model import kept
 from lib.trials import Trials
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
@@ -62,7 +61,7 @@ def test_a_matrix_that_moves_alone_accounts_for_all(architecture):
     for matrix in model.matrices[1::5]:
         before, after = (moved(model, by, matrix.name) for by in (0.0, 0.002))
         change = loss_at(model, after, tokens) - loss_at(model, before, tokens)
-        with kept(model):
+        with model.restored():
             parts = attributed(model, before, after, tokens, 3)
         assert parts.pop(matrix.name) == pytest.approx(change, rel=0.02, abs=2e-6)
         assert all(part == 0.0 for part in parts.values())
@@ -76,7 +75,7 @@ def test_a_strength_that_does_worse_than_uniform_is_halved(found, chosen, monkey
     pruned, values = [], iter(found)
     monkeypatch.setattr(trials, "perplexity", lambda *_, **__: next(values))
     model, windows = LanguageModel(tiny_model("llama")), tiny_tokens()
-    trial = Trials(model, lambda targets, *_: pruned.append(targets["all"]), windows, windows, 2)
+    trial = Trials(model, lambda targets, *_, **__: pruned.append(targets["all"]), windows, windows, 2)
     record = trial.halved("search_strength", 0.6, lambda value: ({"all": value}, 0.0), 10.0)
     assert record["chosen"] == chosen
     assert [one["value"] for one in record["tried"]] == pruned == [0.6, 0.3, 0.15][: len(found)]
