@@ -97,13 +97,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
             rows = row_weights(row_fisher(model, calibration, store, remember), config.fisher)
 
     with clock("allocate"):
-        planned = remember(
-            "plan",
-            lambda: plan(
-                config, model, scores, calibration, held_out, row_weights=rows, batch_size=batch, store=store,
-                remember=remember,
-            ),
-        )  # fmt: skip
+        how = {"row_weights": rows, "batch_size": batch, "store": store}
+        planned = remember("plan", lambda: plan(config, model, scores, calibration, held_out, remember=remember, **how))
     targets = planned["targets"]
     events += planned["events"]
 
@@ -111,10 +106,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if journal:
         journal.reread(journal.done)
         events += journal.events
-        resumable = {"done": journal.done, "commit": journal.commit, "store": store}
+        resumable = {"done": journal.done, "commit": journal.commit}
     prune_to(
-        config, model, targets, planned["asymmetry"], calibration, row_weights=rows, batch_size=batch,
-        recovery=config.recover == "block", clock=clock, events=events, **resumable,
+        config, model, targets, planned["asymmetry"], calibration, clock=clock, events=events,
+        recovery=config.recover == "block", **how, **resumable,
     )  # fmt: skip
     for message in settle(model.rest(), model.saved_as):
         note(events, message)

@@ -17,15 +17,19 @@ from .memory import on_host
 @dataclass
 class Store:
     """folder takes the files, which have no name left once they are open; `limit` bytes may stay in memory in all, and
-    where it is None of each request a quarter of what is free then.
+    where it is None a quarter of what is free.
     """
 
     folder: Path
     limit: int | None = None
     held: int = field(default=0, init=False)  # bytes in memory
 
+    def __post_init__(self):
+        if self.limit is None:
+            self.limit = psutil.virtual_memory().available // 4
+
     def fits(self, size: int) -> bool:
-        return size <= (psutil.virtual_memory().available // 4 if self.limit is None else self.limit - self.held)
+        return self.held + size <= self.limit
 
     def hold(self, size: int, owner: object) -> None:
         """So many bytes lie in memory for as long as `owner` lives."""

@@ -49,7 +49,8 @@ def visit_gradients(
             again = functools.partial(checkpoint, block.forward, use_reentrant=False)
             stack.enter_context(replaced_forward(block, again))
         with progress(None, "gradients", "window", total=len(mine)) as bar:
-            for tokens in mine.split(batch_size):
+            for batch in mine.split(batch_size):
+                tokens = batch.to(model.device)
                 with torch.enable_grad(), passing():
                     loss = _loss(model.own_logits(tokens), tokens)
                 loss.backward()
@@ -141,7 +142,8 @@ class _Back:
         self._gradients: dict[Leaf, Activations] = {}
 
     def from_loss(self, batch: int) -> None:
-        model, tokens, route = self._stream.model, self._stream.batches[batch], self._stream.route
+        model, route = self._stream.model, self._stream.route
+        tokens = self._stream.batches[batch].to(model.device)
 
         def loss(given: Given) -> list[tuple[Tensor, Tensor | None]]:
             _, logits = route.calls(model, tokens, lambda leaf: given(leaf, batch), run=model.own_logits)

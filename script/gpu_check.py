@@ -272,10 +272,9 @@ def tiny() -> None:
         for device, kind in (("cpu", "float32"), (here(), dtype)):
             model = lib.load_model(source("llama"), device, kind)
 
-            def prune(targets, asymmetry, windows, model=model):
-                lib.prune_model(
-                    model, lib.PRUNERS["wanda"], targets, lib.Pattern(), windows, batch_size=4, asymmetry=asymmetry
-                )
+            def prune(targets, asymmetry, windows, model=model, **more):
+                pruner, options = lib.PRUNERS["wanda"], {"batch_size": 4, "asymmetry": asymmetry, **more}
+                lib.prune_model(model, pruner, targets, lib.Pattern(), windows, **options)
 
             found.append(Trials(model, prune, tokens, tokens[:4], 2).marginals(0.5, 0.0, None))
         (cpu, cpu_record), (gpu, gpu_record) = found

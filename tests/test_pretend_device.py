@@ -130,11 +130,12 @@ def rows(model: LanguageModel, tmp_path) -> dict:
     )
 
 
-def searched(model: LanguageModel, _tmp_path) -> dict:
-    def prune(goals, asymmetry, windows) -> None:
-        prune_model(model, PRUNERS["wanda"], goals, Pattern(), windows, batch_size=4, asymmetry=asymmetry)
+def searched(model: LanguageModel, _tmp_path, store: Store | None = None) -> dict:
+    def prune(goals, asymmetry, windows, commit) -> None:
+        more = {"asymmetry": asymmetry, "commit": commit, "store": store}
+        prune_model(model, PRUNERS["wanda"], goals, Pattern(), windows, batch_size=4, **more)
 
-    parts, found = Trials(model, prune, tiny_tokens(), tiny_tokens(3, seed=2), 4).marginals(0.5, 0.0, None)
+    parts, found = Trials(model, prune, tiny_tokens(), tiny_tokens(3, seed=2), 4, store).marginals(0.5, 0.0, None)
     return {"parts": parts, "uniform": found["uniform"]}
 
 
@@ -144,11 +145,22 @@ def saved(model: LanguageModel, tmp_path) -> dict:
     return outcome(load_model(find_source(str(tmp_path / "saved")), "cpu", "float32"))
 
 
+def opened(model: LanguageModel, tmp_path) -> LanguageModel:
+    found = open_model(find_source(str(tmp_path / "model")), str(model.device))
+    found.load_rest()
+    return found
+
+
+def gradients_streamed(model: LanguageModel, tmp_path) -> dict:
+    model, store = opened(model, tmp_path), Store(tmp_path, limit=0)
+    fisher = {name: rows.tolist() for name, rows in row_fisher(model, tiny_tokens(), store).items()}
+    return {"fisher": fisher, **searched(model, tmp_path, store)}
+
+
 def streamed(model: LanguageModel, tmp_path, pruner: str, **options) -> dict:
     """The same model out of its files, on the device of the one in memory, with all activations in a file."""
-    source, device, store = find_source(str(tmp_path / "model")), str(model.device), Store(tmp_path, limit=0)
-    model = open_model(source, device)
-    model.load_rest()
+    device, store = str(model.device), Store(tmp_path, limit=0)
+    model = opened(model, tmp_path)
     config = results_config(tmp_path, device)
     journal = results.Journal(config, model)
     prune_model(
@@ -184,6 +196,7 @@ STEPS = {
     "recovery, asymmetry": functools.partial(pruned, pruner=PRUNERS["sparsegpt"], asymmetry=0.5, recovery=True),
     "search": searched,
     "saving": saved,
+    "streaming, fisher and search": gradients_streamed,
     "streaming": functools.partial(streamed, pruner="wanda"),
     "streaming, asymmetry and recovery": functools.partial(streamed, pruner="sparsegpt", asymmetry=0.5, recovery=True),
 }
@@ -272,7 +285,7 @@ WAITS = {
     "alpha_peak": (0, 0, 4, 0, 0),
     "digest": (0, 0, 2, 0, 0),
     "perplexity": (0, 0, 0, 4, 0),
-    "fisher": (0, 0, 1, 4, 0),
+    "fisher": (2, 0, 1, 4, 0),
 }  # fmt: skip
 
 
