@@ -101,7 +101,7 @@ class RunConfig:
     )
     stream: bool = _flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
     activation_memory: float | None = _flag(
-        None, "GB kept in memory of activations and trials with --stream, the rest in files (default: a quarter of what is free)"
+        None, "GB of activations and trials that --stream keeps in memory (default: a quarter of what is free)"
     )
     restart: bool = _flag(False, "with --stream: begin anew instead of going on after the last finished block")
     quiet: bool = _flag(False, "no log and no progress bars")
