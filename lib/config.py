@@ -44,7 +44,7 @@ class RunConfig:
     Raises RunError on construction for a value that cannot be honoured.
     """
 
-    model: str = _flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model)")
+    model: str = _flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model) or 'gemma3-270m'")
     prune_method: str = _flag(
         "", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods())
     )

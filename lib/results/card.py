@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig, flag_of
-from ..load import EMBEDDED, EMBEDDED_HUB
+from ..known_models import KNOWN_MODELS
 
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
 
@@ -74,8 +74,8 @@ with these settings:
 
 def base_model(model: str) -> str | None:
     """The model's name on the hub, where it has one that can be told: given as --model, or that of a cached copy."""
-    if model == EMBEDDED:
-        return EMBEDDED_HUB
+    if model in KNOWN_MODELS:
+        return KNOWN_MODELS[model].hub
     path = Path(model)
     if path.exists():
         cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"{path.absolute()}/")

