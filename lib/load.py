@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from accelerate import init_empty_weights
 from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError, reason_of
+from .gguf_files import forget_header, header_parsed_once
 from .known_models import KNOWN_MODELS, find_gguf
 from .model import LanguageModel
 from .placement import place
@@ -96,8 +98,9 @@ def locate(name: str, cache_dir: str) -> Path | None:
 
 def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
+    header = header_parsed_once() if source.gguf else nullcontext()
     try:
-        with hub.closed():  # what is needed of it was fetched
+        with hub.closed(), header:  # what is needed of the hub was fetched
             return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -208,6 +211,7 @@ def load_model(
     # One of its own, as a bad one in the folder would end the loading.
     options["generation_config"] = transformers.GenerationConfig()
     model, report = _from_pretrained(transformers.AutoModelForCausalLM, source, "weights", **options)
+    forget_header()  # no file is read again
     if wrong := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise RunError(
             f"--model {source.name}: its weights do not fit its configuration: {wrong[0]} is missing or of another "
