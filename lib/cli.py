@@ -105,9 +105,7 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Flags) -> str:
     return f"out of GPU memory{where}; try {config.relief(stage)} ({str(error).split('.')[0]})"
 
 
-def main(
-    run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig
-) -> int:
+def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> int:
     """Parse, run, print what `run` returns; the command's exit status.
 
     0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.

@@ -131,9 +131,7 @@ class RunConfig(Flags):
     apart = ("cache_dir", "save", "save_model", "quiet", "plot", "activation_memory", "restart")
 
     model: str = flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model)")
-    prune_method: str = flag(
-        "", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods())
-    )
+    prune_method: str = flag("", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods()))
     sparsity_ratio: float | None = flag(None, "share of the prunable weights to remove, in [0, 0.99]")
     sparsity_type: str = flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
     use_variant: bool = flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
