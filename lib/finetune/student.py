@@ -43,6 +43,10 @@ class Student(nn.Module):
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def decayed(self) -> list[nn.Parameter]:
+        """Those of them that weight decay is for."""
+        return list(self.trained().values())
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, S, vocabulary) of token ids (B, S)."""
         device = self.language_model.device.type
@@ -138,6 +142,10 @@ class Survivors(Student):
         self.dtypes = [part.dtype for part in self.parts]
         for part in self.parts:
             part.data = part.data.new_empty(0)  # until `finish`
+
+    def decayed(self) -> list[nn.Parameter]:
+        """Matrices and embeddings; norms and biases are not drawn to zero."""
+        return [master for master, shape in zip(self.masters, self.shapes, strict=True) if len(shape) > 1]
 
     def _whole(self, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """Each parameter from what is trained of it; matrices in `dtype`, if given."""

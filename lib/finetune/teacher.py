@@ -27,18 +27,18 @@ class Teacher:
     def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store, vocabulary: int):
         self._model = model
         self._states = Activations(model.device, len(windows), 1, store)
-        own = self._states.empty()
+        own = self._states if ranks.size() == 1 else self._states.empty()
         for _, hidden in last_hidden_states(model, ranks.mine(windows), batch_size, store):
             for state in hidden.split(1):
-                (own if ranks.size() > 1 else self._states).put(len(own if ranks.size() > 1 else self._states), state)
-        if ranks.size() > 1:
-            self._share(own, windows)
+                own.put(len(own), state)
+        if own is not self._states:
+            self._share(own, len(windows))
         if (width := model.logits(self._states[0][:, :1]).shape[-1]) != vocabulary:
             raise RunError(f"--teacher {model.name}: has {width} tokens, and the model that learns has {vocabulary}")
 
-    def _share(self, own: Activations, windows: Tensor) -> None:
+    def _share(self, own: Activations, windows: int) -> None:
         """Every rank's states on every rank."""
-        for index in range(len(windows)):
+        for index in range(windows):
             owner, like = index % ranks.size(), own[0]
             state = own[index // ranks.size()] if owner == ranks.rank() else torch.empty_like(like)
             sent = ranks.send_around(state.contiguous().view(torch.uint8), owner)  # bytes, for gloo lacks types

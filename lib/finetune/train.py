@@ -87,6 +87,10 @@ def _on_cpu(config: FinetuneConfig) -> bool:
 
 
 class _Trainer(Trainer):
+    def get_decay_parameter_names(self, model):
+        decayed = {id(parameter) for parameter in self.model.decayed()}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
+
     def _save_checkpoint(self, model, trial):
         try:
             super()._save_checkpoint(model, trial)
