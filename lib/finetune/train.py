@@ -96,7 +96,7 @@ class _Trainer(Trainer):
             super()._save_checkpoint(model, trial)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's is a RuntimeError
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
             reason = getattr(error, "strerror", None) or reason_of(error)[:200]
             raise RunError(f"--save_model: {self.args.output_dir} cannot be written: {reason}") from error
 
