@@ -34,10 +34,10 @@ def pruned(architecture: str, share: float = 0.6) -> LanguageModel:
     return model
 
 
-def student_of(kind: str, model: LanguageModel, *rest):
+def student_of(kind: str, model: LanguageModel, *rest, passes: torch.dtype = torch.float32):
     if kind == "lora":
-        return MaskedLora(model, 4, 8.0, ("all",), torch.float32, *rest)
-    return Survivors(model, torch.float32, *rest)
+        return MaskedLora(model, 4, 8.0, ("all",), passes, *rest)
+    return Survivors(model, passes, *rest)
 
 
 # ---------------------------------------------------------------- students
@@ -65,6 +65,25 @@ def test_what_is_trained_is_what_is_merged_and_no_zero_is_filled(architecture, k
         torch.testing.assert_close(model.own_logits(tokens), trained)
     assert not zeros.filled(model)
     assert Zeros(model).digest == zeros.digest
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "dbrx"])
+def test_passes_in_bfloat16_where_the_model_runs_in_them(architecture, kind):
+    """Its zeros and its master weights are as ever; DBRX's own code adds up tensors of two types."""
+    model, tokens = pruned(architecture), tiny_tokens()
+    zeros = Zeros(model)
+    exact = model.own_logits(tokens).detach()
+    student = student_of(kind, model, passes=torch.bfloat16)
+    assert student.settle_passes(tokens[:1]) == (architecture != "dbrx")
+    logits = student.logits(tokens).detach()
+    assert (logits.dtype == torch.bfloat16) == (architecture != "dbrx")
+    assert (logits.float() - exact).norm() < 0.05 * exact.norm()
+    student(tokens, torch.arange(6))["loss"].backward()
+    assert {parameter.grad.dtype for parameter in student.trained().values()} == {torch.float32}
+    student.finish()
+    assert Zeros(model).digest == zeros.digest
+    assert model.model.dtype == torch.float32
 
 
 def test_every_matrix_is_updated():

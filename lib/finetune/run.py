@@ -67,6 +67,8 @@ def run(config: FinetuneConfig) -> dict:
         teacher = wise and _teach(config, wise, tokenizer, model, windows, batch, state)
     with clock("train"):
         student = _student(config, model, teacher)
+        if not student.settle_passes(windows[:1]):
+            note(events, f"{described['class']} does not run in mixed precision: passes are in its own type")
         model.model.train()
         training = train(config, student, windows, state.folder, state.latest)
         model.model.eval().requires_grad_(False)

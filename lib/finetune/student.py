@@ -55,6 +55,22 @@ class Student(nn.Module):
         with torch.autocast(device, torch.bfloat16, enabled=self.passes == torch.bfloat16):
             return functional_call(self.forward_pass, weights, (tokens,))
 
+    @torch.no_grad()
+    def settle_passes(self, tokens: Tensor) -> bool:
+        """Whether the model's code runs in the type of its passes; where it adds up tensors of two types, they are in
+        the model's own type from then on. Changes nothing else.
+        """
+        try:
+            self.logits(tokens)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if self.passes == torch.float32:
+                raise
+            self.passes = torch.float32
+            return False
+        return True
+
     def forward(self, input_ids: Tensor, window: Tensor) -> dict[str, Tensor]:
         """The mean loss a token of windows (B, S), whose numbers among all are `window` (B,)."""
         logits = self.logits(input_ids)[:, :-1].float()  # (B, S-1, vocabulary)
@@ -112,7 +128,8 @@ class MaskedLora(Student):
         made = {}
         for update in self.updates:
             stored = update.get_param()
-            made[self.names[id(stored)]] = stored + update.get_delta_weight(ADAPTER)
+            weight = stored + update.get_delta_weight(ADAPTER)
+            made[self.names[id(stored)]] = weight.to(self.passes) if self.passes == torch.bfloat16 else weight
         return made
 
     def finish(self) -> None:
