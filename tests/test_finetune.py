@@ -16,7 +16,7 @@ from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 from torch.nn import functional as F
 
 import main
-from lib import LanguageModel, RunError, cli
+from lib import LanguageModel, RunError, cli, results
 from lib.data import evaluation_windows, training_windows
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.run import run
@@ -326,11 +326,12 @@ def test_a_run_with_a_teacher(places, tmp_path):
     assert record["loss"]["after"] < record["loss"]["before"]
 
 
-def test_an_adapter_is_an_ordinary_one(places, tmp_path):
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+def test_an_adapter_is_an_ordinary_one(architecture, places, tmp_path):
     from peft import PeftModel
 
-    record = tune(places, tmp_path, "gpt2", "--keep_adapter")
-    base = transformers.AutoModelForCausalLM.from_pretrained(places / "gpt2_pruned")
+    record = tune(places, tmp_path, architecture, "--keep_adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(places / f"{architecture}_pruned")
     model = PeftModel.from_pretrained(base, tmp_path / "tuned")
     windows = evaluation_windows(
         str(places / "test.txt"), transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned"), seqlen=16
@@ -339,6 +340,12 @@ def test_an_adapter_is_an_ordinary_one(places, tmp_path):
         loss = model(input_ids=windows, labels=windows).loss.double()
     assert record["perplexity"]["after"] == pytest.approx(float(loss.exp()), rel=1e-5)
     assert any("merged into the pruned model it fills them" in event["message"] for event in record["events"])
+
+
+def test_without_any_evaluation(places, tmp_path):
+    record = tune(places, tmp_path, more="--no-eval_wikitext --validation_windows 0 --optim adafactor")
+    assert (record["loss"], record["perplexity"]) == (None, None)
+    assert "share of zeros" in results.finetuned_summary(record)
 
 
 # ---------------------------------------------------------------- broken off

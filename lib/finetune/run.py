@@ -49,16 +49,15 @@ def run(config: FinetuneConfig) -> dict:
         zeros = _zeros(model, events)
     batch = config.evaluation_batch(seqlen)
 
-    def measure(what: str) -> dict:
+    def measure(what: str) -> dict[str, float | None]:
+        """What is known of the model as it is now; of what was not asked for, None."""
+
+        def of(name: str, tokens: Tensor | None) -> float | None:
+            return None if tokens is None else perplexity(model, tokens, batch_size=batch, what=f"{name}, {what}")
+
         with clock("evaluate"):
-            return {
-                "loss": math.log(perplexity(model, validation, batch_size=batch, what=f"text held out, {what}"))
-                if len(validation)
-                else None,
-                "perplexity": perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}")
-                if evaluation is not None
-                else None,
-            }
+            held_out, found = of("text held out", validation), of("perplexity", evaluation)
+        return {"loss": held_out and math.log(held_out), "perplexity": found}
 
     state = results.TrainingState(config, described["digest"])
     before = state.recall("before", lambda: measure("before"))
@@ -100,7 +99,7 @@ def run(config: FinetuneConfig) -> dict:
             "digest": {"before": zeros.digest, "after": left.digest},
         },
         training=training,
-        loss=_pair(before, after, "loss", {"windows": len(validation)}),
+        loss=_pair(before, after, "loss", {"windows": config.validation_windows}),
         perplexity=_pair(before, after, "perplexity", {
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen,
             "windows": 0 if evaluation is None else len(evaluation),
@@ -111,8 +110,10 @@ def run(config: FinetuneConfig) -> dict:
     return record
 
 
-def _texts(config: FinetuneConfig, tokenizer, seqlen: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Windows to train on, windows of that text held out, and windows of the text evaluated on, which share none."""
+def _texts(config: FinetuneConfig, tokenizer, seqlen: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Windows to train on, windows of that text held out, and windows of the text evaluated on, as far as they are
+    asked for; they share nothing.
+    """
     common = {"seqlen": seqlen, "add_bos": config.add_bos, "cache_dir": config.cache_dir}
     evaluation = None
     if config.eval_wikitext:
@@ -123,8 +124,9 @@ def _texts(config: FinetuneConfig, tokenizer, seqlen: int) -> tuple[Tensor, Tens
         apart=evaluation, **common,
     )  # fmt: skip
     ranks.enough(f"--nsamples {len(windows)}", windows)
-    if len(validation):
-        ranks.enough(f"--validation_windows {len(validation)}", validation)
+    if not config.validation_windows:
+        return windows, None, evaluation
+    ranks.enough(f"--validation_windows {config.validation_windows}", validation)
     return windows, validation, evaluation
 
 
