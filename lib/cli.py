@@ -1,4 +1,4 @@
-"""The command line: flags out of RunConfig's fields, one line for an error, the log on stderr."""
+"""The command line: flags out of a configuration's fields, one line for an error, the log on stderr."""
 
 import argparse
 import difflib
@@ -17,22 +17,9 @@ from tqdm import tqdm
 from transformers import modeling_gguf_pytorch_utils
 
 from . import ranks
-from .config import RunConfig
+from .config import Flags, RunConfig
 from .errors import RunError
 from .memory import keep_freed_memory
-from .pruners import PRUNERS
-
-# What takes less of a GPU's memory, by the stage that ran out of it.
-RELIEF = {
-    "load": "a GPU with room for the model (--device)",
-    "calibrate": "fewer --nsamples",
-    "statistics": "a pruner without Gram matrices, such as wanda",
-    "dense": "fewer --nsamples, or no --asymmetry and no --recover",
-    "prune": "another pruner (wanda takes least)",
-    "recover": "no --recover",
-    "fisher": "no --fisher",
-    "allocate": "an allocation that measures nothing, such as ww",
-}
 
 KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
 
@@ -43,13 +30,11 @@ class _Parser(argparse.ArgumentParser):
         raise RunError(message.removeprefix("argument "))
 
 
-def parse(arguments: Sequence[str] | None = None) -> RunConfig:
-    """The command line as a RunConfig. Raises RunError for anything that cannot be honoured."""
-    parser = _Parser(
-        prog="main.py", description="Layer-wise pruning of large language models (AlphaPruning).", allow_abbrev=False
-    )
-    types = typing.get_type_hints(RunConfig)
-    for item in fields(RunConfig):
+def parse(arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> Flags:
+    """The command line as a configuration of that kind. Raises RunError for anything that cannot be honoured."""
+    parser = _Parser(prog=kind.command, description=kind.purpose, allow_abbrev=False)
+    types = typing.get_type_hints(kind)
+    for item in fields(kind):
         flags = list(dict.fromkeys([*item.metadata.get("flags", ()), f"--{item.name}"]))
         options = {"dest": item.name, "default": item.default, "help": item.metadata["help"].replace("%", "%%")}
         if types[item.name] is bool:
@@ -71,7 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         near = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
         guess = f"did you mean {' or '.join(near)}?" if near and flag.startswith("-") else "see --help"
         raise RunError(f"{flag}: belongs to no flag; {guess}")
-    return RunConfig(**vars(namespace))
+    return kind(**vars(namespace))
 
 
 def _reader(declared) -> Callable[[str], object]:
@@ -113,26 +98,21 @@ def set_up_logging(quiet: bool) -> None:
         modeling_gguf_pytorch_utils.tqdm = functools.partial(tqdm, disable=True)  # it asks no setting of its library
 
 
-def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig) -> str:
+def out_of_memory(error: torch.OutOfMemoryError, config: Flags) -> str:
     """What to say of a GPU that is full: at which stage, and what would help it."""
     stage = getattr(error, "stage", None)
-    helps = RELIEF.get(stage, "--batch_size 1")
-    if stage == "statistics" and PRUNERS[config.pruner].needs != "gram":
-        helps = "--batch_size 1"
-    if not (config.stream or config.analyze_only or config.fisher or config.held_out):
-        helps = f"--stream, which holds one block at a time, or {helps}"
     where = f" at the stage '{stage}'" if stage else ""
-    return f"out of GPU memory{where}; try {helps} ({str(error).split('.')[0]})"
+    return f"out of GPU memory{where}; try {config.relief(stage)} ({str(error).split('.')[0]})"
 
 
-def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None) -> int:
+def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> int:
     """Parse, run, print what `run` returns; the command's exit status.
 
     0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
     """
     try:
-        config = parse(arguments)
-        keep_freed_memory(KEPT_STREAMING if config.stream or config.analyze_only else KEPT)
+        config = parse(arguments, kind)
+        keep_freed_memory(KEPT_STREAMING if config.in_parts else KEPT)
         ranks.join(config.device)
         set_up_logging(config.quiet or not ranks.first())
         said = run(config)
@@ -142,12 +122,12 @@ def main(run: Callable[[RunConfig], str], arguments: Sequence[str] | None = None
     except RunError as error:
         who = "" if ranks.size() == 1 else f" on rank {ranks.rank()}"
         if ranks.speaks():
-            print(f"main.py: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{kind.command}: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"main.py: error: {out_of_memory(error, config)}", file=sys.stderr)
+        print(f"{kind.command}: error: {out_of_memory(error, config)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("main.py: interrupted; what was finished is kept", file=sys.stderr)
+        print(f"{kind.command}: interrupted; what was finished is kept", file=sys.stderr)
         return 130
     return 0

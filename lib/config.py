@@ -1,9 +1,10 @@
-"""RunConfig: every flag of the command, checked before any weight is read."""
+"""RunConfig: every flag of the command, checked before any weight is read; and what flags of any command share."""
 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,18 @@ AUTO = "auto"  # chosen on held-out calibration windows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
+# What takes less of a GPU's memory, by the stage that ran out of it.
+RELIEF = {
+    "load": "a GPU with room for the model (--device)",
+    "calibrate": "fewer --nsamples",
+    "statistics": "a pruner without Gram matrices, such as wanda",
+    "dense": "fewer --nsamples, or no --asymmetry and no --recover",
+    "prune": "another pruner (wanda takes least)",
+    "recover": "no --recover",
+    "fisher": "no --fisher",
+    "allocate": "an allocation that measures nothing, such as ww",
+}
+
 
 def prune_methods() -> dict[str, tuple[str, str]]:
     """Every --prune_method to its (pruner, allocation): a pruner's name alone is uniform."""
@@ -33,83 +46,37 @@ def prune_methods() -> dict[str, tuple[str, str]]:
     return methods
 
 
-def _flag(default, text: str, **metadata):
+def flag(default, text: str, **metadata):
+    """A field that is a flag: its default, its help, and its choices and further spellings."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """One run. Each field is the flag of its name; `metadata` holds its help, choices and further spellings.
+class Flags:
+    """What the configurations of all commands share; each is a frozen dataclass with a field for every flag.
 
-    Raises RunError on construction for a value that cannot be honoured.
+    command  the script that is run
+    purpose  the first line of its help
+    apart    fields that do not decide the result
+    in_parts whether the model is read in parts
     """
 
-    model: str = _flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model) or 'gemma3-270m'")
-    prune_method: str = _flag(
-        "", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods())
-    )
-    sparsity_ratio: float | None = _flag(None, "share of the prunable weights to remove, in [0, 0.99]")
-    sparsity_type: str = _flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
-    use_variant: bool = _flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
-    ww_metric: tuple[str, ...] = _flag(
-        ("alpha_peak",), "metric of layer quality for *_ww; with --analyze_only one or more", flags=("--WW_metric",),
-        choices=lambda: list(METRICS),
-    )  # fmt: skip
-    ww_metric_cache: str | None = _flag(
-        None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
-    )
-    epsilon: float | str = _flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1], or auto")
-    owl_lambda: float | str = _flag(0.08, "half the range of sparsities for *_owl, or auto")
-    owl_m: float = _flag(5.0, "an outlier for *_owl is this many times the mean")
-    dlp_alpha: float | str = _flag(0.15, "half the range of sparsities for *_dlp, or auto")
-    lsa_alpha: float | str = _flag(0.15, "half the range of sparsities for *_lsa, or auto")
-    ramp_beta: float | str = _flag(0.01, "what the sparsity grows by from block to block for *_ramp, or auto")
-    search_strength: float | str = _flag(
-        0.6, "how far *_search follows its measurements: 0 is uniform, 1 equal marginal losses; or auto"
-    )
-    asymmetry: float | str = _flag(
-        0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1], or auto"
-    )
-    fisher: float = _flag(
-        0.0, "sparsegpt and alps weigh each output's error by its Fisher information to this power, in [0, 1]"
-    )
-    recover: str = _flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
-    mapping_type: str = _flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
-    calib_data: str = _flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
-    nsamples: int = _flag(128, "calibration windows")
-    seqlen: int | None = _flag(None, "tokens a window (default: 2048, or the model's limit)")
-    seed: int = _flag(0, "seed of the calibration windows")
-    eval_wikitext: bool = _flag(True, "report perplexity on --eval_data")
-    eval_data: str = _flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, a path, or c4:PATH")
-    add_bos: str = _flag(
-        "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
-    )
-    eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
-    eval_dense: bool = _flag(False, "also evaluate before pruning")
-    eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
-    batch_size: int | None = _flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
-    device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
-    dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
-    cache_dir: str = _flag("llm_weights", "folder for downloaded models and data, and metric values")
-    trust_remote_code: bool = _flag(False, "allow code that comes with a model from the hub")
-    analyze_only: bool = _flag(False, "measure every --WW_metric and stop; reads a checkpoint tensor by tensor")
-    plot: bool = _flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
-    save: str = _flag("results", "folder for results")
-    save_model: str | None = _flag(None, "folder for the pruned checkpoint (default: not saved)")
-    save_dtype: str = _flag(
-        "auto", "dtype of the pruned checkpoint; auto: each tensor's own in the files", choices=lambda: list(DTYPES)
-    )
-    stream: bool = _flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
-    activation_memory: float | None = _flag(
-        None, "GB of activations and trials that --stream keeps in memory (default: a quarter of what is free)"
-    )
-    restart: bool = _flag(False, "with --stream: begin anew instead of going on after the last finished block")
-    quiet: bool = _flag(False, "no log and no progress bars")
+    command: ClassVar[str]
+    purpose: ClassVar[str]
+    apart: ClassVar[tuple[str, ...]]
+    in_parts = False
 
-    def __post_init__(self):
-        given = (self.ww_metric,) if isinstance(self.ww_metric, str) else self.ww_metric
-        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(given)))
-        for name in ("model",) if self.analyze_only else ("model", "prune_method"):
+    @classmethod
+    def recorded(cls, values: dict):
+        """The configuration of a run that was recorded, which is not checked again."""
+        config = object.__new__(cls)
+        for item in fields(cls):
+            value = values.get(item.name, item.default)
+            object.__setattr__(config, item.name, tuple(value) if isinstance(value, list) else value)
+        return config
+
+    def check_given(self, *required: str) -> None:
+        """Raises RunError for a flag that is required and missing, empty, or none of its choices."""
+        for name in required:
             if not getattr(self, name):
                 raise RunError(f"--{name}: is missing")
         for item in fields(self):
@@ -119,6 +86,114 @@ class RunConfig:
             for one in value if isinstance(value, tuple) else [value]:
                 if choices and one != item.default and one not in choices():
                     raise unknown_name(flag_of(item), one, choices())
+
+    def check_least(self, **least: int) -> None:
+        """Raises RunError for a number, where there is one, below the least that it may be."""
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise RunError(f"--{name} {value}: must be at least {bound}")
+
+    def window(self, limit: int | None) -> int:
+        """Tokens a window for a model made for at most `limit`."""
+        if self.seqlen is None:
+            return min(2048, limit or 2048)
+        if limit and self.seqlen > limit:
+            raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
+        return self.seqlen
+
+    def unread(self) -> set[str]:
+        """Fields that this run does not read."""
+        return set()
+
+    def deciding(self) -> dict:
+        """The flags that decide a run's result."""
+        deciding = {name: value for name, value in asdict(self).items() if name not in self.apart}
+        if Path(self.model).exists():
+            deciding["model"] = str(Path(self.model).resolve())
+        return deciding
+
+    @property
+    def digest(self) -> str:
+        """Of the flags that decide the result: the end of the run's name."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class RunConfig(Flags):
+    """One run. Each field is the flag of its name; `metadata` holds its help, choices and further spellings.
+
+    Raises RunError on construction for a value that cannot be honoured.
+    """
+
+    command = "main.py"
+    purpose = "Layer-wise pruning of large language models (AlphaPruning)."
+    apart = ("cache_dir", "save", "save_model", "quiet", "plot", "activation_memory", "restart")
+
+    model: str = flag("", "hub name, local folder, .gguf file, or 'smollm2' (the embedded model) or 'gemma3-270m'")
+    prune_method: str = flag("", "pruner, alone (uniform) or with an allocation", choices=lambda: list(prune_methods()))
+    sparsity_ratio: float | None = flag(None, "share of the prunable weights to remove, in [0, 0.99]")
+    sparsity_type: str = flag("unstructured", "unstructured, or N:M: N of every M weights along the input removed")
+    use_variant: bool = flag(False, "wanda: a cumulative-score threshold in place of a fixed count a row")
+    ww_metric: tuple[str, ...] = flag(
+        ("alpha_peak",), "metric of layer quality for *_ww; with --analyze_only one or more", flags=("--WW_metric",),
+        choices=lambda: list(METRICS),
+    )  # fmt: skip
+    ww_metric_cache: str | None = flag(
+        None, "folder of the metric's values (default: one a model under --cache_dir)", flags=("--WW_metric_cache",)
+    )
+    epsilon: float | str = flag(0.2, "range of the pruning ratios around 1 for *_ww, in [0, 1], or auto")
+    owl_lambda: float | str = flag(0.08, "half the range of sparsities for *_owl, or auto")
+    owl_m: float = flag(5.0, "an outlier for *_owl is this many times the mean")
+    dlp_alpha: float | str = flag(0.15, "half the range of sparsities for *_dlp, or auto")
+    lsa_alpha: float | str = flag(0.15, "half the range of sparsities for *_lsa, or auto")
+    ramp_beta: float | str = flag(0.01, "what the sparsity grows by from block to block for *_ramp, or auto")
+    search_strength: float | str = flag(
+        0.6, "how far *_search follows its measurements: 0 is uniform, 1 equal marginal losses; or auto"
+    )
+    asymmetry: float | str = flag(
+        0.0, "aim sparsegpt and alps this part of the way at the dense model's outputs, in [0, 1], or auto"
+    )
+    fisher: float = flag(
+        0.0, "sparsegpt and alps weigh each output's error by its Fisher information to this power, in [0, 1]"
+    )
+    recover: str = flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
+    mapping_type: str = flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
+    calib_data: str = flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
+    nsamples: int = flag(128, "calibration windows")
+    seqlen: int | None = flag(None, "tokens a window (default: 2048, or the model's limit)")
+    seed: int = flag(0, "seed of the calibration windows")
+    eval_wikitext: bool = flag(True, "report perplexity on --eval_data")
+    eval_data: str = flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, a path, or c4:PATH")
+    add_bos: str = flag(
+        "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
+    )
+    eval_windows: int | None = flag(None, "evaluate the first windows only (default: all)")
+    eval_dense: bool = flag(False, "also evaluate before pruning")
+    eval_zero_shot: bool = flag(False, "zero-shot tasks; not available yet")
+    batch_size: int | None = flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
+    device: str = flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
+    dtype: str = flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
+    cache_dir: str = flag("llm_weights", "folder for downloaded models and data, and metric values")
+    trust_remote_code: bool = flag(False, "allow code that comes with a model from the hub")
+    analyze_only: bool = flag(False, "measure every --WW_metric and stop; reads a checkpoint tensor by tensor")
+    plot: bool = flag(False, "draw spectra, metrics and sparsities into the results, with a report.html")
+    save: str = flag("results", "folder for results")
+    save_model: str | None = flag(None, "folder for the pruned checkpoint (default: not saved)")
+    save_dtype: str = flag(
+        "auto", "dtype of the pruned checkpoint; auto: each tensor's own in the files", choices=lambda: list(DTYPES)
+    )
+    stream: bool = flag(False, "hold one block at a time; writes --save_model block by block, and can be resumed")
+    activation_memory: float | None = flag(
+        None, "GB of activations and trials that --stream keeps in memory (default: a quarter of what is free)"
+    )
+    restart: bool = flag(False, "with --stream: begin anew instead of going on after the last finished block")
+    quiet: bool = flag(False, "no log and no progress bars")
+
+    def __post_init__(self):
+        given = (self.ww_metric,) if isinstance(self.ww_metric, str) else self.ww_metric
+        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(given)))
+        self.check_given("model", *([] if self.analyze_only else ["prune_method"]))
         self._check_numbers()
         self._check_combinations()
         choose_device(self.device)
@@ -149,10 +224,7 @@ class RunConfig:
                 raise RunError(f"--{name} {value:g}: must lie in [{low}, {high}]")
         if not self.owl_m > 0:
             raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise RunError(f"--{name} {value}: must be at least {least}")
+        self.check_least(nsamples=1, seqlen=2, eval_windows=1, batch_size=1, seed=0)
 
     def _check_pattern(self) -> None:
         pattern, ratio = Pattern.parse(self.sparsity_type)
@@ -264,33 +336,30 @@ class RunConfig:
             unread += ["activation_memory", "restart"]
         return set(unread)
 
-    def window(self, limit: int | None) -> int:
-        """Tokens a window for a model made for at most `limit`."""
-        if self.seqlen is None:
-            return min(2048, limit or 2048)
-        if limit and self.seqlen > limit:
-            raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
-        return self.seqlen
-
     def batch(self, seqlen: int) -> int:
         """Windows a forward pass."""
         kind = torch.device(choose_device(self.device)).type
         return self.batch_size or max(1, TOKENS_AT_ONCE[kind] // seqlen)
 
-    def deciding(self) -> dict:
-        """The flags that decide a run's result."""
-        elsewhere = ("cache_dir", "save", "save_model", "quiet", "plot", "activation_memory", "restart")
-        deciding = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        if Path(self.model).exists():
-            deciding["model"] = str(Path(self.model).resolve())
-        return deciding
+    @property
+    def in_parts(self) -> bool:
+        """Whether the model is read in parts."""
+        return self.stream or self.analyze_only
+
+    def relief(self, stage: str | None) -> str:
+        """What takes less of a GPU's memory at that stage."""
+        helps = RELIEF.get(stage, "--batch_size 1")
+        if stage == "statistics" and PRUNERS[self.pruner].needs != "gram":
+            helps = "--batch_size 1"
+        if not (self.in_parts or self.fisher or self.held_out):
+            helps = f"--stream, which holds one block at a time, or {helps}"
+        return helps
 
     @property
     def run_name(self) -> str:
         """Readable, and unique to what decides the result: the end is a digest of those flags."""
-        digest = hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
         if self.analyze_only:
-            return "-".join(["analysis", Path(self.model).name, digest])
+            return "-".join(["analysis", Path(self.model).name, self.digest])
         parts = [self.prune_method, f"{self.sparsity:g}"]
         if self.sparsity_type != "unstructured":
             parts.append(self.sparsity_type.replace(":", "of"))
@@ -306,7 +375,7 @@ class RunConfig:
             parts.append(f"recover_{self.recover}")
         if self.add_bos != "once":
             parts.append(f"bos_{self.add_bos}")
-        return "-".join([*parts, f"seed{self.seed}", digest])
+        return "-".join([*parts, f"seed{self.seed}", self.digest])
 
 
 def _readable(value: float | str) -> str:

@@ -20,8 +20,9 @@ from .texts import Row
 
 ADD_BOS = ("once", "every")
 SHARD = "c4:"  # before a path: drawn and evaluated as c4 is
-FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data"}
-PARTS = {"calibration": "train", "evaluation": "test"}  # of a saved folder that has several
+FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data", "training": "--data"}
+PARTS = {"calibration": "train", "evaluation": "test", "training": "train"}  # of a saved folder that has several
+RUN = 32  # tokens in a row that two texts have in common where one holds a part of the other
 DRAWS = 10_000  # tries to find room for the windows held out
 C4_EVALUATED, C4_WINDOWS = 1100, 256  # documents of the validation shard, and windows of them at most
 C4_MISSES = 10_000  # documents in a row that may be too short before c4 is given up
@@ -30,6 +31,7 @@ C4_MISSES = 10_000  # documents in a row that may be too short before c4 is give
 @dataclass(frozen=True)
 class Corpus:
     """rows(split, cache_dir) -> texts, split being "calibration" or "evaluation"; and what joins each split's rows.
+    Of "training" they are those of calibration.
 
     A row may be a conversation too, which goes through the tokenizer's chat template.
     """
@@ -127,6 +129,75 @@ def evaluation_windows(
     return torch.cat([front.expand(len(windows), -1), windows], dim=1)
 
 
+def training_windows(
+    name: str,
+    tokenizer,
+    *,
+    nsamples: int | None,
+    held_out: int,
+    seqlen: int,
+    seed: int,
+    apart: Tensor | None = None,
+    most: int = 1024,
+    add_bos: str = "once",
+    cache_dir: str = "llm_weights",
+) -> tuple[Tensor, Tensor]:
+    """Windows to train on, (nsamples, seqlen), and windows of the same text held out, (held_out, seqlen), int64.
+
+    The corpus of calibration is joined, tokenised once and cut into whole windows, so that no two have a token in
+    common; of c4 its documents in random order, each tokenised on its own, as many as are needed. Windows that have RUN
+    tokens in a row in common with any of `apart` (n, seqlen) are left out. Which are held out, and the order of the
+    others, is random by the seed. `nsamples` None takes all that there are, `most` at the most. Raises RunError where
+    there are fewer than asked for.
+    """
+    asked, rng = f"--data {name}", random.Random(seed)
+    corpus, front = find_corpus("--data", name), _front(tokenizer, add_bos)
+    width, wanted = seqlen - len(front), held_out + (nsamples or most)
+    with texts.reading(asked):
+        rows = corpus.rows("training", cache_dir)
+    if corpus.by_document:
+        order = rng.sample(range(len(rows)), len(rows))
+        documents = (
+            tokens.encode(tokenizer, _document(asked, tokenizer, rows, i, add_bos), not len(front)) for i in order
+        )
+    else:
+        text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
+        documents = iter([tokens.encode(tokenizer, text, special=not len(front))])
+    windows, rest, shared = torch.empty(0, width, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0
+    known = None if apart is None else _runs(apart[:, len(front) :]).unique()
+    for found in documents:
+        rest = torch.cat([rest, found])
+        if len(rest) < width:
+            continue
+        cut, rest = rest[: len(rest) // width * width].view(-1, width), rest[len(rest) // width * width :]
+        if known is not None:
+            new = ~torch.isin(_runs(cut), known).any(1)
+            cut, shared = cut[new], shared + int((~new).sum())
+        windows = torch.cat([windows, cut])
+        if corpus.by_document and len(windows) >= wanted:
+            break
+    least = held_out + (nsamples or 1)
+    if len(windows) < least:
+        also = f", beside {shared} that hold text of --eval_data" if shared else ""
+        raise RunError(
+            f"{asked}: has {len(windows)} windows of {seqlen} tokens{also}, fewer than the {least} of --nsamples and "
+            "--validation_windows; ask for fewer, or lower --seqlen"
+        )
+    windows = windows[rng.sample(range(len(windows)), len(windows))][:wanted]
+    windows = torch.cat([front.expand(len(windows), -1), windows], dim=1)
+    return windows[held_out:], windows[:held_out]
+
+
+def _runs(windows: Tensor) -> Tensor:
+    """A number for every RUN tokens in a row of windows (n, seqlen), or for all of a shorter one: (n, runs), int64."""
+    length = min(RUN, windows.shape[1])
+    runs = windows.shape[1] - length + 1
+    found = torch.zeros(len(windows), runs, dtype=torch.int64)
+    for i in range(length):  # a polynomial modulo 2^64
+        found = found * 6364136223846793005 + windows[:, i : i + runs] + 1
+    return found
+
+
 def find_corpus(flag: str, name: str) -> Corpus:
     """The corpus of that name or path; RunError naming `flag` where there is none. Reads no text."""
     if name in CORPORA:
@@ -169,6 +240,12 @@ def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str)
     return text
 
 
+def _document(asked: str, tokenizer, rows: Sequence[Row], number: int, add_bos: str) -> str:
+    with texts.reading(asked):
+        row = rows[number]
+    return _text(asked, tokenizer, row, add_bos)
+
+
 def _text(asked: str, tokenizer, row: Row, add_bos: str) -> str:
     """A row as text, a conversation through the tokenizer's chat template."""
     if isinstance(row, str):
@@ -197,7 +274,8 @@ class HubText:
     def path(self, split: str, cache_dir: str) -> Path:
         """The split's file, fetched if need be."""
         repository = hub.Repository(self.repository, "dataset", cache_dir, f"{FLAGS[split]} {self.name}")
-        return hub.fetch_data(repository, self.files[split], self.revision)
+        part = "evaluation" if split == "evaluation" else "calibration"
+        return hub.fetch_data(repository, self.files[part], self.revision)
 
 
 def _parquet(text: HubText, column: str) -> Callable[[str, str], Sequence[Row]]:
@@ -213,7 +291,7 @@ def _c4(shard: Callable[[str, str], tuple[str, Path]]) -> Corpus:
     """The protocol of c4, from `shard(split, cache_dir)`: whom to name in an error, and a file or folder."""
 
     def rows(split: str, cache_dir: str) -> Sequence[Row]:
-        if split == "calibration":
+        if split != "evaluation":
             return texts.numbered(*shard(split, cache_dir), PARTS[split])
         return list(itertools.islice(texts.rows(*shard(split, cache_dir), PARTS[split]), C4_EVALUATED))
 
@@ -232,7 +310,7 @@ def _pydoc_rows(split: str, cache_dir: str = "") -> list[str]:
 
     entries = list(dict.fromkeys(topics[name] for name in sorted(topics)))
     calibration = entries[0::2]
-    if split == "calibration":
+    if split != "evaluation":
         return calibration
     seen = {key(paragraph) for text in calibration for paragraph in text.split("\n\n")}
     return ["\n\n".join(p for p in text.split("\n\n") if key(p) not in seen) for text in entries[1::2]]

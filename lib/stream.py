@@ -44,6 +44,10 @@ class Beside:
         return self.stream.leaves(self._visit, batch, self._module)
 
 
+class BlockwiseError(RunError):
+    """A model whose blocks cannot be called one by one."""
+
+
 class Stream:
     """The calibration windows on their way through the blocks: what each visit gives, a batch at a time.
 
@@ -270,7 +274,7 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
 
     def refusal(why: str) -> RunError:
         what = f"--model {model.name}: {type(model.model).__name__} cannot be pruned block by block"
-        return RunError(f"{what}: {why}; prune it with magnitude{', without --stream' if model.streamed else ''}")
+        return BlockwiseError(f"{what}: {why}; prune it with magnitude{', without --stream' if model.streamed else ''}")
 
     following = Following(model)
     with _resident_in_forward(model), model.unchanged(), following:

@@ -9,6 +9,7 @@ from shared import ROOT
 
 from lib.allocation import ALLOCATIONS
 from lib.config import RunConfig, flag_of, prune_methods
+from lib.finetune.config import FinetuneConfig
 from lib.metrics import METRICS
 from lib.pruners import PRUNERS
 
@@ -92,6 +93,12 @@ def test_readme_names_every_flag_and_method():
     assert table == {flag_of(item) for item in dataclasses.fields(RunConfig)}
     for name in (*PRUNERS, *METRICS, "wanda_ww"):
         assert f"`{name}`" in readme, name
+
+
+def test_the_page_on_fine_tuning_names_every_flag():
+    page = (ROOT / "docs/FINETUNING.md").read_text()
+    table = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `--")]
+    assert table == [flag_of(item) for item in dataclasses.fields(FinetuneConfig)]
 
 
 def test_methods_are_all_pairs():

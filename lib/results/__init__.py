@@ -2,6 +2,15 @@
 
 from .cache import MetricCache, metric_folder
 from .checkpoint import MARK, as_safetensors, describe_checkpoint, save_checkpoint
+from .finetuned import (
+    TrainingState,
+    finetuned_record,
+    finetuned_summary,
+    prepare_finetuning,
+    pruning_record,
+    save_adapter,
+    write_finetuned,
+)
 from .journal import Journal
 from .report import write_report
 from .run import (
@@ -22,18 +31,25 @@ __all__ = [
     "MARK",
     "Journal",
     "MetricCache",
+    "TrainingState",
     "activation_store",
     "append_result",
     "as_safetensors",
     "build_record",
     "describe_checkpoint",
+    "finetuned_record",
+    "finetuned_summary",
     "layer_records",
     "metric_folder",
     "prepare",
+    "prepare_finetuning",
+    "pruning_record",
     "run_folder",
+    "save_adapter",
     "save_checkpoint",
     "share_of_zeros",
     "summary",
+    "write_finetuned",
     "write_report",
     "write_run",
 ]

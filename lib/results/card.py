@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import RunConfig, flag_of
+from ..config import Flags, RunConfig, flag_of
+from ..finetune.config import FinetuneConfig
 from ..known_models import KNOWN_MODELS
 
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
@@ -72,6 +73,74 @@ with these settings:
     return str(ModelCard(text))
 
 
+def finetuned_card(config: FinetuneConfig, record: dict) -> str:
+    """The card of a fine-tuned checkpoint, or of an adapter, with all the steps that it was made in."""
+    steps, first = _steps(config, record), record
+    while first.get("pruning"):
+        first = first["pruning"]
+    base, sparsity, training = base_model(first["config"]["model"]), record["sparsity"], record["training"]
+    data = ModelCardData(
+        base_model=base if not config.keep_adapter else base_model(config.model),
+        library_name="peft" if config.keep_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["pruned", "sparse", "alphapruning", "fine-tuned"],
+        datasets=[DATASETS[config.data]] if config.data in DATASETS else None,
+    )
+    name = base or Path(first["config"]["model"]).name
+    zeros = (
+        "It is an adapter beside the pruned model, which keeps its zeros; merged into it, it would fill them."
+        if config.keep_adapter
+        else "The zeros are those of the pruned model: fine-tuning has filled none of them "
+        f"(digest of their places: `{sparsity['digest']['after'][:16]}`). It is an ordinary checkpoint."
+    )
+    rows = [
+        (what, record[key]["before"], record[key]["after"])
+        for key, what in (("loss", "loss on text held out"), ("perplexity", "perplexity"))
+        if record[key]
+    ]
+    table = "\n".join(f"| {what} | {before:.4f} | {after:.4f} |" for what, before, after in rows)
+    where = record["perplexity"]
+    on = where and f"\n\nPerplexity is on `{Path(where['dataset']).name}`, {where['windows']} windows."
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {name}, {sparsity["after"]:.0%} pruned and fine-tuned
+
+{sparsity["after"]:.2%} of the {record["model"]["prunable_parameters"]:,} prunable weights of {name} are zero, removed \
+by AlphaPruning; what is left was fine-tuned on {training["windows"]} windows of {training["seqlen"]} tokens. {zeros}
+
+## Before and after fine-tuning
+
+| | before | after |
+|---|---|---|
+{table}{on or ""}
+
+## How it was made
+
+{chr(10).join(f"    {step}" for step in steps)}
+
+the last with these settings:
+
+| setting | value |
+|---|---|
+{_settings(config)}
+
+`alphapruning.json` holds all of them, the record of the pruning, the versions of the libraries, and what happened.
+"""
+    return str(ModelCard(text))
+
+
+def _steps(config: Flags, record: dict) -> list[str]:
+    """The commands that made a checkpoint, in order, as far as they are recorded."""
+    earlier = record.get("pruning")
+    before = []
+    if earlier:
+        kind = FinetuneConfig if "training" in earlier else RunConfig
+        before = _steps(kind.recorded(earlier["config"]), earlier)
+    return [*before, _command(config, Path(config.save_model).name)]
+
+
 def base_model(model: str) -> str | None:
     """The model's name on the hub, where it has one that can be told: given as --model, or that of a cached copy."""
     if model in KNOWN_MODELS:
@@ -98,9 +167,9 @@ def _perplexity(measured: dict | None) -> str:
     )
 
 
-def _command(config: RunConfig, folder: str) -> str:
+def _command(config: Flags, folder: str) -> str:
     """The command that makes the checkpoint again."""
-    words = ["python", "main.py"]
+    words = ["python", config.command]
     for item, value in _deciding(config):
         if isinstance(value, bool):
             words.append(flag_of(item) if value else f"--no-{item.name}")
@@ -109,7 +178,7 @@ def _command(config: RunConfig, folder: str) -> str:
     return shlex.join([*words, "--save_model", folder])
 
 
-def _settings(config: RunConfig) -> str:
+def _settings(config: Flags) -> str:
     """A row for every flag that decided the result."""
     rows = []
     for item, value in _deciding(config):
@@ -118,7 +187,7 @@ def _settings(config: RunConfig) -> str:
     return "\n".join(rows)
 
 
-def _deciding(config: RunConfig) -> list[tuple[Field, object]]:
+def _deciding(config: Flags) -> list[tuple[Field, object]]:
     """The fields that decided the run's result, with their values; of switches only those that were turned."""
     unread, deciding = config.unread(), config.deciding()
     values = [(item, getattr(config, item.name)) for item in fields(config) if item.name in deciding]

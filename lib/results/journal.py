@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .. import ranks
-from ..config import RunConfig
+from ..config import Flags, RunConfig
 from ..errors import RunError
 from ..shards import ShardedModel
 from ..storage import as_saved
@@ -21,7 +21,48 @@ log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 
 
-class Journal:
+class Unfinished:
+    """What a run has finished so far, and whose run it is.
+
+    Raises RunError where what is there belongs to another run, naming the first difference.
+    """
+
+    def __init__(self, folder: Path, config: Flags, digest: str):
+        self._config, self._folder = config, folder
+        self._header = {"config": config.deciding(), "model": {"digest": digest}}
+
+    def _compare(self, path: Path, flag: str, folder: Path) -> None:
+        """Refuse a header that is not this run's, naming the first difference."""
+        if not path.is_file():
+            return
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            config, digest = other["config"], other["model"]["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{flag} {folder}: {path.name} is not a run's header; --restart begins anew") from error
+        mine = json.loads(json.dumps(self._header["config"]))
+        changed = [name for name, value in mine.items() if config.get(name) != value]
+        if changed:
+            was, now = config.get(changed[0]), mine[changed[0]]
+            what = f"--{changed[0]} was {was} and is {now}"
+        elif digest != self._header["model"]["digest"]:
+            what = f"--model {self._config.model} had other weights"
+        else:
+            return
+        raise RunError(f"{flag} {folder}: holds the unfinished result of another run: {what}; --restart begins anew")
+
+    def recall(self, name: str, make):
+        """`make()`, or what it returned when this run was here before."""
+        path = self._folder / f"{name}.json"
+        known = ranks.from_first(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else [])
+        if known:
+            return known[0]
+        value = make()
+        write_text(path, json.dumps(value) + "\n")
+        return value
+
+
+class Journal(Unfinished):
     """A streamed run's finished blocks: a shard each beside --save_model, a record each in the run's folder.
 
     done    blocks that are committed and need not be pruned again
@@ -33,11 +74,10 @@ class Journal:
     """
 
     def __init__(self, config: RunConfig, model: ShardedModel):
-        self._config, self._model = config, model
-        self._folder = run_folder(config) / "journal"
+        super().__init__(run_folder(config) / "journal", config, model.digest)
+        self._model = model
         self._target = Path(config.save_model).resolve()
         self._partial = self._target.with_name(f".{self._target.name}.partial")
-        self._header = {"config": config.deciding(), "model": {"digest": model.digest}}
         if config.restart:
             remove(self._folder)
             remove(self._partial)
@@ -72,42 +112,12 @@ class Journal:
             records.append(record)
         return {"where": str(where), "records": records}
 
-    def _compare(self, path: Path, flag: str, folder: Path) -> None:
-        """Refuse a header that is not this run's, naming the first difference."""
-        if not path.is_file():
-            return
-        try:
-            other = json.loads(path.read_text(encoding="utf-8"))
-            config, digest = other["config"], other["model"]["digest"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{flag} {folder}: {path.name} is not a run's header; --restart begins anew") from error
-        mine = json.loads(json.dumps(self._header["config"]))
-        changed = [name for name, value in mine.items() if config.get(name) != value]
-        if changed:
-            was, now = config.get(changed[0]), mine[changed[0]]
-            what = f"--{changed[0]} was {was} and is {now}"
-        elif digest != self._header["model"]["digest"]:
-            what = f"--model {self._config.model} had other weights"
-        else:
-            return
-        raise RunError(f"{flag} {folder}: holds the unfinished result of another run: {what}; --restart begins anew")
-
     def _record_path(self, block: int) -> Path:
         return self._folder / f"block-{block:05}.json"
 
     def _shard_name(self, number: int) -> str:
         """Of the shard of block `number` - 1; number 0 is what lies outside the blocks."""
         return f"model-{number + 1:05}-of-{len(self._model.blocks) + 1:05}.safetensors"
-
-    def recall(self, name: str, make):
-        """`make()`, or what it returned when this run was here before."""
-        path = self._folder / f"{name}.json"
-        known = ranks.from_first(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else [])
-        if known:
-            return known[0]
-        value = make()
-        write_text(path, json.dumps(value) + "\n")
-        return value
 
     def commit(self, block: int, seen: dict[str, dict], events: list[dict]) -> None:
         """Write the pruned block, which is resident, and then its record: what was `seen` of its inputs, by matrix."""

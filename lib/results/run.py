@@ -42,18 +42,21 @@ def prepare(config: RunConfig) -> None:
         check_folder("--save", run_folder(config))
         check_folder("--save_model", Path(config.save_model).resolve().parent)
     if config.save_model is not None:
-        path = Path(config.save_model)
         others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
-        for flag, other in others.items():
-            if other is not None and Path(other).resolve().is_relative_to(path.resolve()):
-                raise RunError(
-                    f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"
-                )
-        check_folder("--save_model", path)
-        if any(path.iterdir()) and not (path / MARK).is_file():
+        check_checkpoint_folder(config.save_model, others)
+
+
+def check_checkpoint_folder(save_model: str, others: dict[str, str | None]) -> None:
+    """Make the folder of a checkpoint. Raises RunError for one that holds `others`, by their flags, or other files."""
+    path = Path(save_model)
+    for flag, other in others.items():
+        if other is not None and Path(other).resolve().is_relative_to(path.resolve()):
             raise RunError(
-                f"--save_model {path}: holds files that are not a checkpoint of this tool; name another folder"
+                f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"
             )
+    check_folder("--save_model", path)
+    if any(path.iterdir()) and not (path / MARK).is_file():
+        raise RunError(f"--save_model {path}: holds files that are not a checkpoint of this tool; name another folder")
 
 
 def run_folder(config: RunConfig) -> Path:

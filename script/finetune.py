@@ -1,0 +1,18 @@
+"""Fine-tune a pruned model and keep its zeros: low-rank updates that are masked and merged, or all weights left.
+
+    python script/finetune.py --model PRUNED --data c4 --save_model OUT
+
+Its flags are in docs/FINETUNING.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lib import cli, results
+from lib.finetune.config import FinetuneConfig
+from lib.finetune.run import run
+
+if __name__ == "__main__":
+    sys.exit(cli.main(lambda config: results.finetuned_summary(run(config)), kind=FinetuneConfig))
