@@ -22,9 +22,13 @@ class Store:
     folder: Path
     limit: int | None = None
 
+    @property
+    def room(self) -> int:
+        """Bytes that may stay in memory."""
+        return psutil.virtual_memory().available // 4 if self.limit is None else self.limit
+
     def fits(self, size: int) -> bool:
-        limit = psutil.virtual_memory().available // 4 if self.limit is None else self.limit
-        return size <= limit
+        return size <= self.room
 
     def map(self, size: int, dtype: torch.dtype) -> Tensor:
         """A tensor of `size` elements whose memory is a file. Raises RunError where the disk has no room for it."""
@@ -46,11 +50,11 @@ class Activations:
     """One tensor a batch, such as its hidden state (B, S, d), put in order and replaced in place.
 
     Without a store they stay where they are made, with the block that they come from; with one they lie on the host and
-    are read on the model's device.
+    are read on the model's device. All batches together come to the size of `batches` such as the first.
     """
 
-    def __init__(self, device: torch.device, windows: int, batch_size: int, store: Store | None):
-        self._device, self._windows, self._batch_size, self._store = device, windows, batch_size, store
+    def __init__(self, device: torch.device, batches: int, store: Store | None):
+        self._device, self._count, self._store = device, batches, store
         self._batches: list[Tensor] = []
         self._mapped: Tensor | None = None
 
@@ -65,7 +69,7 @@ class Activations:
 
     def _append(self, value: Tensor) -> None:
         if self._store is not None and not self._batches:
-            elements = value.numel() * -(-self._windows // self._batch_size)
+            elements = value.numel() * self._count
             if not self._store.fits(elements * value.element_size()):
                 self._mapped = self._store.map(elements, value.dtype)
         if self._mapped is None:
@@ -80,7 +84,7 @@ class Activations:
 
     def empty(self) -> "Activations":
         """A place for other tensors of the same windows."""
-        return Activations(self._device, self._windows, self._batch_size, self._store)
+        return Activations(self._device, self._count, self._store)
 
     def copy(self) -> "Activations":
         """The same tensors, to go their own way."""

@@ -17,6 +17,7 @@ from .masks import Pattern
 from .metrics import METRICS
 from .pruners import PRUNERS
 from .registry import unknown_name
+from .zero_shot import PAPER
 
 RECOVERIES = ("none", "block")
 AUTO = "auto"  # chosen on held-out calibration windows
@@ -86,7 +87,11 @@ class RunConfig:
     )
     eval_windows: int | None = _flag(None, "evaluate the first windows only (default: all)")
     eval_dense: bool = _flag(False, "also evaluate before pruning")
-    eval_zero_shot: bool = _flag(False, "zero-shot tasks; not available yet")
+    eval_zero_shot: bool = _flag(False, "report accuracy on --tasks")
+    tasks: tuple[str, ...] = _flag(
+        PAPER, "zero-shot tasks: names or groups of lm_eval, or .yaml files and folders of your own"
+    )
+    task_limit: int | None = _flag(None, "evaluate the first documents of each task only (default: all)")
     batch_size: int | None = _flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
     device: str = _flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = _flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
@@ -107,14 +112,16 @@ class RunConfig:
     quiet: bool = _flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        given = (self.ww_metric,) if isinstance(self.ww_metric, str) else self.ww_metric
-        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(given)))
+        for name in ("ww_metric", "tasks"):
+            given = getattr(self, name)
+            given = (given,) if isinstance(given, str) else given
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
         for name in ("model",) if self.analyze_only else ("model", "prune_method"):
             if not getattr(self, name):
                 raise RunError(f"--{name}: is missing")
         for item in fields(self):
             value, choices = getattr(self, item.name), item.metadata.get("choices")
-            if value == "" and item.default != "":  # of a shell's variable that is not set
+            if value in ("", ("",)) and item.default != "":  # of a shell's variable that is not set
                 raise RunError(f"{flag_of(item)}: is empty")
             for one in value if isinstance(value, tuple) else [value]:
                 if choices and one != item.default and one not in choices():
@@ -149,7 +156,9 @@ class RunConfig:
                 raise RunError(f"--{name} {value:g}: must lie in [{low}, {high}]")
         if not self.owl_m > 0:
             raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
-        for name, least in (("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (
+            ("nsamples", 1), ("seqlen", 2), ("eval_windows", 1), ("task_limit", 1), ("batch_size", 1), ("seed", 0),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RunError(f"--{name} {value}: must be at least {least}")
@@ -170,8 +179,6 @@ class RunConfig:
                 )
 
     def _check_combinations(self) -> None:
-        if self.eval_zero_shot:
-            raise RunError("--eval_zero_shot: is not available yet; leave it out (perplexity is reported)")
         if not self.ww_metric:
             raise RunError("--WW_metric: is missing; name at least one")
         if self.activation_memory is not None and not self.activation_memory >= 0:
@@ -196,8 +203,10 @@ class RunConfig:
                 raise RunError(
                     f"--{name} {_readable(getattr(self, name))}: is for {known}, which minimise errors of outputs"
                 )
-        if self.eval_dense and not self.eval_wikitext:
-            raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
+        if self.eval_dense and not (self.eval_wikitext or self.eval_zero_shot):
+            raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off, or --eval_zero_shot")
+        if self.eval_zero_shot and not self.tasks:
+            raise RunError("--tasks: is missing; name at least one")
 
     @property
     def pruner(self) -> str:
@@ -259,7 +268,9 @@ class RunConfig:
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
-        if not self.calibrated and not self.eval_wikitext:
+        if not self.eval_zero_shot:
+            unread += ["tasks", "task_limit"]
+        if not (self.calibrated or self.eval_wikitext or self.eval_zero_shot):
             unread += ["add_bos"]
         if self.pattern.group is not None:
             unread += ["fisher"]  # N of every M are chosen within a row
