@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator, pad_and_concat
+from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from . import ranks
 from .activations import Store
@@ -136,7 +137,7 @@ class HarnessModel(HFLM):
         batches = []
         for chunk in order.get_batched(n=0, batch_fn=self._batch_scheduler):
             rows = [torch.tensor(_read(request)[-self.max_length :]) for request in chunk]
-            batches.append(pad_and_concat(max(map(len, rows)), rows, padding_side="right"))
+            batches.append(pad_sequence(rows, batch_first=True))
         return batches
 
     def _batch_scheduler(self, position: int, requests: Sequence[Request]) -> int:

@@ -125,9 +125,11 @@ def keep_code(cache_dir: str) -> None:
 
 
 @contextmanager
-def data_sets(cache_dir: str) -> Iterator[None]:
-    """Meanwhile `datasets`, where a library has it fetch what it wants itself, asks the hub that the environment names
-    and keeps what it fetches under the cache, or in HF_DATASETS_CACHE where that is set.
+def data_sets(cache_dir: str, name: str) -> Iterator[list[BaseException]]:
+    """Meanwhile `datasets`, where a library has it fetch what it wants itself, asks the hub that the environment names,
+    as patiently as all else here, and keeps what it fetches under the cache, or in HF_DATASETS_CACHE where that is set.
+
+    Yields what requests to the hub failed with, which `datasets` leaves out of its own errors. `name` is for the log.
     """
     from datasets import config  # takes a second to import, and other runs do without
 
@@ -136,14 +138,26 @@ def data_sets(cache_dir: str) -> Iterator[None]:
     changed = [
         (config, "HF_ENDPOINT", endpoint()), (constants, "ENDPOINT", endpoint()),
         (config, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE), (config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
+        (config, "USE_PARQUET_EXPORT", False),  # it is asked of another host, for what the data themselves say
         (config, "HF_DATASETS_CACHE", kept), (config, "DOWNLOADED_DATASETS_PATH", kept / "downloads"),
         (constants, "HF_HUB_CACHE", str(folder)),
     ]  # fmt: skip
+    watch, session, failed = _Watch(name, "its data", PATIENCE), get_session(), []
+
+    def send(request: httpx.Request, **options) -> httpx.Response:
+        try:
+            return watch.send(own, request, **options)
+        except _GaveUpError as error:
+            failed.append(error.__cause__)
+            raise
+
+    own, session.send = session.send, send
     with ExitStack() as stack:
-        for module, name, value in changed:
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, value)
-        yield
+        stack.callback(delattr, session, "send")
+        for module, setting, value in changed:
+            stack.callback(setattr, module, setting, getattr(module, setting))
+            setattr(module, setting, value)
+        yield failed
 
 
 @contextmanager

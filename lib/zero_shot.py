@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm import tqdm
 
 from . import ranks
@@ -65,16 +67,17 @@ def load(
     manager = _manager(tuple(str(Path(word).resolve()) for word in given if Path(word).is_dir()))
     names = list(dict.fromkeys(name for word in given for name in _resolve(manager, word)))
     tasks = Tasks(limit=limit, bos=bos)
-    with _in_turn(), _generators(), data_sets(cache_dir):
+    with _in_turn(), _generators():
         random.seed(SEEDS[0])
         numpy.random.seed(SEEDS[1])
         for name in names:
             _refuse(name, _definition(manager, name), streamed, bos)
-            try:
-                found = manager.load([name])
-            except Exception as error:  # a task is a program of its own, and so is what reads its data
-                tasks.missing[_short(name)] = _reason(error, _definition(manager, name).get("dataset_path"))
-                continue
+            with data_sets(cache_dir, _short(name)) as failed:
+                try:
+                    found = manager.load([name])
+                except Exception as error:  # a task is a program of its own, and so is what reads its data
+                    tasks.missing[_short(name)] = _reason(error, failed, _definition(manager, name).get("dataset_path"))
+                    continue
             for task in found["tasks"].values():
                 definition = {name: task.get_config(name) for name in ("unsafe_code", "output_type")}
                 _refuse(task.task_name, definition, streamed, bos, getattr(task, "MULTIMODAL", False))
@@ -251,10 +254,13 @@ def _add(tasks: Tasks, found: dict) -> None:
     tasks.loaded["groups"] |= found.get("groups", {})
 
 
-def _reason(error: Exception, data_set: object) -> str:
-    """Why a task cannot be had, in one line."""
-    if isinstance(data_set, str) and (said := of_the_hub(error, data_set, "task")):
-        return f"{data_set}: {'; '.join(filter(None, said))}"
+def _reason(error: Exception, failed: list[BaseException], data_set: object) -> str:
+    """Why a task cannot be had, in one line; `failed` are the requests to the hub that did."""
+    if constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
+        error = OfflineModeIsEnabled()
+    for one in [*reversed(failed), error]:
+        if isinstance(data_set, str) and (said := of_the_hub(one, data_set, "task")):
+            return f"{data_set}: {'; '.join(filter(None, said))}"
     kind = "" if isinstance(error, (OSError, ImportError, RuntimeError, ValueError)) else f"{type(error).__name__}: "
     return f"{f'{data_set}: ' if data_set else ''}{kind}{reason_of(error)}"
 
