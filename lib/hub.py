@@ -136,7 +136,7 @@ def data_sets(cache_dir: str, name: str) -> Iterator[list[BaseException]]:
     folder = Path(cache_dir).absolute()
     kept = Path(os.environ.get("HF_DATASETS_CACHE", folder / "datasets"))
     changed = [
-        (config, "HF_ENDPOINT", endpoint()), (constants, "ENDPOINT", endpoint()),
+        (config, "HF_ENDPOINT", endpoint()),
         (config, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE), (config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
         (config, "USE_PARQUET_EXPORT", False),  # it is asked of another host, for what the data themselves say
         (config, "HF_DATASETS_CACHE", kept), (config, "DOWNLOADED_DATASETS_PATH", kept / "downloads"),

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,7 @@ def load(
     Raises RunError for a name that is unknown and for a task that cannot be run here, and where no task's data can be
     had. A task whose data alone are missing is left out, and `missing` says why.
     """
-    manager = _manager(tuple(str(Path(word).resolve()) for word in given if Path(word).is_dir()))
+    manager = _manager(tuple(given))
     names = list(dict.fromkeys(name for word in given for name in _resolve(manager, word)))
     tasks = Tasks(limit=limit, bos=bos)
     with _in_turn(), _generators():
@@ -169,19 +170,24 @@ def mean(found: dict) -> float | None:
 
 
 @functools.cache
-def _manager(folders: tuple[str, ...]):
-    """lm_eval's index of tasks, those in `folders` before its own of the same name. Ten seconds."""
+def _manager(given: tuple[str, ...]):
+    """lm_eval's index of tasks, those in folders that are given before its own of the same name.
+
+    To read its own takes ten seconds: not for tasks that are all given with their files.
+    """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval.api.task as api
 
     api.tqdm = lambda *args, **options: tqdm(*args, **options | {"disable": silent()})  # it asks no setting
-    for folder in folders:
-        for path in _definitions(Path(folder)):
-            _yaml(path)
-    log.info("lm_eval %s: reading its list of tasks", importlib.metadata.version("lm_eval"))
-    return TaskManager(include_path=list(folders) or None)
+    folders = [Path(word).resolve() for word in given if Path(word).is_dir()]
+    files = [Path(word) for word in given if Path(word).is_file()]
+    definitions = [_yaml(path) for path in [*files, *itertools.chain(*map(_definitions, folders))]]
+    named = len(folders) + len(files) < len(given) or any("group" in one for one in definitions)
+    if named:
+        log.info("lm_eval %s: reading its list of tasks", importlib.metadata.version("lm_eval"))
+    return TaskManager(include_path=folders or None, include_defaults=named)
 
 
 def _definitions(folder: Path) -> list[Path]:
