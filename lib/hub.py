@@ -142,11 +142,11 @@ def data_sets(cache_dir: str, name: str) -> Iterator[list[BaseException]]:
         (config, "HF_DATASETS_CACHE", kept), (config, "DOWNLOADED_DATASETS_PATH", kept / "downloads"),
         (constants, "HF_HUB_CACHE", str(folder)),
     ]  # fmt: skip
-    watch, session, failed = _Watch(name, "its data", PATIENCE), get_session(), []
+    session, failed = get_session(), []
 
     def send(request: httpx.Request, **options) -> httpx.Response:
         try:
-            return watch.send(own, request, **options)
+            return _Watch(name, "its data", PATIENCE).send(own, request, **options)
         except _GaveUpError as error:
             failed.append(error.__cause__)
             raise

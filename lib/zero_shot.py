@@ -72,16 +72,17 @@ def load(
         random.seed(SEEDS[0])
         numpy.random.seed(SEEDS[1])
         for name in names:
-            _refuse(name, _definition(manager, name), streamed, bos)
-            with data_sets(cache_dir, _short(name)) as failed:
+            definition = manager.task_index[name].cfg
+            _refuse(name, definition, streamed, bos)
+            with data_sets(cache_dir, name) as failed:
                 try:
                     found = manager.load([name])
                 except Exception as error:  # a task is a program of its own, and so is what reads its data
-                    tasks.missing[_short(name)] = _reason(error, failed, _definition(manager, name).get("dataset_path"))
+                    tasks.missing[name] = _reason(error, failed, definition.get("dataset_path"))
                     continue
             for task in found["tasks"].values():
-                definition = {name: task.get_config(name) for name in ("unsafe_code", "output_type")}
-                _refuse(task.task_name, definition, streamed, bos, getattr(task, "MULTIMODAL", False))
+                asks = {key: task.get_config(key) for key in ("unsafe_code", "output_type")}
+                _refuse(task.task_name, asks, streamed, bos, getattr(task, "MULTIMODAL", False))
             _add(tasks, found)
         tasks._dice = random.getstate(), numpy.random.get_state()
     for others in ranks.gather(tasks.missing):
@@ -176,6 +177,7 @@ def _manager(given: tuple[str, ...]):
     To read its own takes ten seconds: not for tasks that are all given with their files.
     """
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval.api.task as api
@@ -187,7 +189,11 @@ def _manager(given: tuple[str, ...]):
     named = len(folders) + len(files) < len(given) or any("group" in one for one in definitions)
     if named:
         log.info("lm_eval %s: reading its list of tasks", importlib.metadata.version("lm_eval"))
-    return TaskManager(include_path=folders or None, include_defaults=named)
+    manager = TaskManager(include_path=folders or None, include_defaults=named)
+    for path in files:  # by name, as those of folders are; by its path the harness takes no group
+        manager.task_index.pop(_name(path), None)
+        TaskIndex.process_cfg(_yaml(path), path, manager.task_index)
+    return manager
 
 
 def _definitions(folder: Path) -> list[Path]:
@@ -204,8 +210,17 @@ def _yaml(path: Path) -> dict:
         raise RunError(f"--tasks {path}: {reason_of(error)}") from error
 
 
+def _name(path: Path) -> str:
+    """Of the group or the task that a file defines. Raises RunError where it defines none."""
+    definition = _yaml(path)
+    name = definition.get("group") or definition.get("task")
+    if not isinstance(name, str):
+        raise RunError(f"--tasks {path}: names no task (`task: NAME`) and no group")
+    return name
+
+
 def _resolve(manager, word: str) -> list[str]:
-    """What one word of --tasks stands for: names in the index and paths of YAML files."""
+    """The names in the index that one word of --tasks stands for."""
     path = Path(word)
     if path.is_dir():
         found = [_yaml(file) for file in _definitions(path)]
@@ -215,10 +230,7 @@ def _resolve(manager, word: str) -> list[str]:
             raise RunError(f"--tasks {word}: holds no task (a .yaml with `task: NAME`)")
         return names
     if path.is_file():
-        definition = _yaml(path)
-        if not isinstance(definition.get("task", definition.get("group")), (str, list)):
-            raise RunError(f"--tasks {word}: names no task (`task: NAME`) and no group")
-        return [word]
+        return [_name(path)]
     if word in manager.all_tags:
         return sorted(manager.task_index[word].tags)
     if word in manager.task_index:
@@ -230,14 +242,6 @@ def _resolve(manager, word: str) -> list[str]:
     near = difflib.get_close_matches(word, manager.all_tasks, n=3)
     guess = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is near"
     raise RunError(f"--tasks: '{word}' is unknown; {guess} `lm_eval ls tasks` lists all")
-
-
-def _definition(manager, name: str) -> dict:
-    return _yaml(Path(name)) if name not in manager.task_index else manager.task_index[name].cfg or {}
-
-
-def _short(name: str) -> str:
-    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
 def _refuse(name: str, definition: dict, streamed: bool, bos: int | None, multimodal: bool = False) -> None:

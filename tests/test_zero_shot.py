@@ -163,7 +163,7 @@ def test_equal_to_the_harness_on_the_saved_checkpoint(stream, limit, dtype, hub,
     accuracies = [pruned["results"][name]["acc,none"] for name in STOCK]
     assert record["zero_shot"]["mean"]["pruned"] == pytest.approx(sum(accuracies) / len(STOCK), abs=1e-12)
     assert record["zero_shot"]["harness"] == f"lm_eval {lm_eval.__version__}"
-    assert len(set(accuracies)) > 2  # they are not all of one value
+    assert len(set(accuracies)) > 1  # they are not all of one value
 
 
 @pytest.mark.parametrize("bos_in_front", [True, False])
@@ -187,8 +187,8 @@ def test_bos_is_the_tokenizers_own_or_in_front_of_every_text(bos_in_front, hub, 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES])
 def test_log_likelihoods_are_those_of_the_models_own_forward(architecture, tmp_path):
-    """Of requests of many lengths in batches of several, block by block and whole, against one at a time in float64."""
-    hf = tiny_model(architecture).double()
+    """Of requests of many lengths in batches of several, block by block and whole, against one at a time."""
+    hf = tiny_model(architecture)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, "<unk>")), eos_token="</s>"
     )
@@ -206,7 +206,7 @@ def test_log_likelihoods_are_those_of_the_models_own_forward(architecture, tmp_p
     hf.save_pretrained(tmp_path)
     streamed = open_model(find_source(str(tmp_path)), "cpu", "float32", tokenizer)
     streamed.load_rest()
-    whole = LanguageModel(hf.float(), tokenizer)
+    whole = LanguageModel(hf, tokenizer)
     for model, store in ((whole, None), (streamed, Store(tmp_path, 0)), (streamed, Store(tmp_path, 2**40))):
         seen = HarnessModel(model, lambda length: max(1, 60 // length), store=store)
         found = seen._loglikelihood_tokens(requests)
@@ -225,7 +225,7 @@ def test_a_streamed_model_is_passed_over_as_often_as_its_hidden_states_need(fold
     monkeypatch.setattr(harness, "last_hidden_states", lambda *a, **k: passes.append(1) or own(*a, **k))
     once = HarnessModel(streamed, lambda length: 2, store=Store(tmp_path, 0)).loglikelihood(requests)
     assert len(passes) == 1
-    monkeypatch.setattr(harness, "AT_LEAST", 3 * 2 * 40 * 32 * 4)
+    monkeypatch.setattr(harness, "AT_LEAST", 2 * 2 * 30 * 32 * 4)
     again = HarnessModel(streamed, lambda length: 2, store=Store(tmp_path, 0)).loglikelihood(requests)
     assert len(passes) > 2
     assert once == again
@@ -266,8 +266,7 @@ def own(tmp_path):
         OWN.format(name="writes", data=place / "data.jsonl", kind="generate_until", more=WRITES)
     )
     (tmp_path / "both.yaml").write_text(
-        f"group: both\ntask: [{{task: mine, include: {place / 'mine.yaml'}}}, arc_easy]\n"
-        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+        "group: both\ntask: [arc_challenge, arc_easy]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     return place
 
@@ -278,7 +277,8 @@ def test_tasks_of_ones_own_in_memory_and_streamed(stream, own, folder, tmp_path)
     assert list(record["zero_shot"]["tasks"]) == ["mine", "rolls"]
     assert record["zero_shot"]["mean"]["tasks"] == ["mine"]
     summary = results.summary(record)
-    assert "mean of 1 (acc, not acc_norm)" in summary
+    assert "  mean of 1 " in summary
+    assert "(the mean of acc, as in the paper, and not of acc_norm)" in summary
     assert "rolls, word_perplexity" in summary
     lm = HFLM(str(tmp_path / "pruned"), batch_size=1, device="cpu")
     rows = [json.loads(line)["question"] for line in (own / "data.jsonl").read_text().splitlines()]
@@ -311,7 +311,8 @@ def test_ranks_share_the_requests_and_all_have_the_results(own, folder, tmp_path
         numbers.append({name: task["pruned"] for name, task in record["zero_shot"]["tasks"].items()})
     for other in numbers[1:]:
         assert other["mine"] == numbers[0]["mine"]
-        assert other["rolls"] == pytest.approx(numbers[0]["rolls"], rel=1e-5)
+        for metric in ("word_perplexity", "bits_per_byte"):
+            assert other["rolls"][metric] == pytest.approx(numbers[0]["rolls"][metric], rel=1e-5)
 
 
 def test_a_group_counts_a_task_once(own, hub, folder, tmp_path):

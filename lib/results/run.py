@@ -278,7 +278,8 @@ def _accuracy_lines(zero_shot: dict) -> list[str]:
         lines.append(row(label, dense, task["pruned"][metric], error))
     mean, count = zero_shot["mean"], len(zero_shot["mean"]["tasks"])
     if count:
-        lines.append(row(f"mean of {count} ({mean['metric']}, not acc_norm)", mean["dense"], mean["pruned"]))
+        lines.append(row(f"mean of {count}", mean["dense"], mean["pruned"]))
+        lines.append(f"  (the mean of {mean['metric']}, as in the paper, and not of acc_norm)")
     return lines + [f"  {name}: left out, {why}" for name, why in zero_shot["missing"].items()]
 
 
