@@ -12,7 +12,7 @@ from .errors import RunError, reason_of
 
 INSTEAD = {
     "model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'",
-    "task": "tasks of your own on local data",
+    "task": "a task of your own on local files",
 }  # fmt: skip
 
 

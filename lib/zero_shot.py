@@ -65,6 +65,9 @@ def load(
     Raises RunError for a name that is unknown and for a task that cannot be run here, and where no task's data can be
     had. A task whose data alone are missing is left out, and `missing` says why.
     """
+    for word in given:
+        if not Path(word).exists() and (word.endswith((".yaml", ".yml")) or "/" in word):
+            raise RunError(f"--tasks {word}: no such file")
     manager = _manager(tuple(given))
     names = list(dict.fromkeys(name for word in given for name in _resolve(manager, word)))
     tasks = Tasks(limit=limit, bos=bos)
@@ -89,7 +92,11 @@ def load(
         tasks.missing |= others
     tasks.loaded["tasks"] = {k: task for k, task in tasks.loaded["tasks"].items() if k not in tasks.missing}
     if not tasks.names:
-        raise RunError(f"--tasks: none can be had: {'; '.join(f'{k}: {why}' for k, why in tasks.missing.items())}")
+        reasons: dict[str, list[str]] = {}
+        for name, why in tasks.missing.items():
+            reasons.setdefault(why, []).append(name)
+        said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        raise RunError(f"--tasks: none can be had: {said}")
     for task in tasks.loaded["tasks"].values():
         if task.get_config("num_fewshot"):
             log.info("%s: is made for %d shots; evaluated with none", task.task_name, task.get_config("num_fewshot"))
@@ -237,8 +244,6 @@ def _resolve(manager, word: str) -> list[str]:
         return [word]
     if "," in word:
         return [name for part in word.split(",") if part for name in _resolve(manager, part)]
-    if path.suffix in (".yaml", ".yml") or "/" in word:
-        raise RunError(f"--tasks {word}: no such file")
     near = difflib.get_close_matches(word, manager.all_tasks, n=3)
     guess = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is near"
     raise RunError(f"--tasks: '{word}' is unknown; {guess} `lm_eval ls tasks` lists all")
@@ -270,9 +275,9 @@ def _reason(error: Exception, failed: list[BaseException], data_set: object) -> 
         error = OfflineModeIsEnabled()
     for one in [*reversed(failed), error]:
         if isinstance(data_set, str) and (said := of_the_hub(one, data_set, "task")):
-            return f"{data_set}: {'; '.join(filter(None, said))}"
+            return "; ".join(filter(None, said))
     kind = "" if isinstance(error, (OSError, ImportError, RuntimeError, ValueError)) else f"{type(error).__name__}: "
-    return f"{f'{data_set}: ' if data_set else ''}{kind}{reason_of(error)}"
+    return f"{kind}{reason_of(error)}"
 
 
 def _metrics(values: dict) -> dict:

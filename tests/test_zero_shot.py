@@ -338,7 +338,7 @@ def test_what_cannot_be_had_is_left_out_and_said(hub, folder, tmp_path):
     [
         ("arc_eazy", "'arc_eazy' is unknown; did you mean 'arc_easy'"),
         ("nothing/here.yaml", "nothing/here.yaml: no such file"),
-        ("hellaswag", "none can be had: hellaswag: Rowan/hellaswag"),
+        ("hellaswag", "none can be had: hellaswag: Dataset 'Rowan/hellaswag' doesn't exist on the Hub"),
         ("humaneval", "humaneval: runs programs that the model writes"),
         ("{tmp}/bad.yaml", "bad.yaml: while parsing"),
         ("{tmp}/included.yaml", "included.yaml: .*No such file"),
@@ -364,10 +364,12 @@ def test_one_line_before_the_model(tasks, says, hub, folder, tmp_path, monkeypat
 
 def test_a_hub_that_is_not_there_is_named(hub, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(RunError, match=r"arc_easy: allenai/ai2_arc: http://127\.0\.0\.1:9 cannot be reached"):
-        main.run(config_of(folder, tmp_path, tasks=("arc_easy",)))
+    with pytest.raises(
+        RunError, match=r"none can be had: arc_easy, arc_challenge: http://127\.0\.0\.1:9 cannot be reached"
+    ):
+        main.run(config_of(folder, tmp_path, tasks=("arc_easy", "arc_challenge")))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(RunError, match="allenai/ai2_arc: HF_HUB_OFFLINE is set; it is not in the cache"):
+    with pytest.raises(RunError, match="arc_easy: HF_HUB_OFFLINE is set; it is not in the cache"):
         main.run(config_of(folder, tmp_path, tasks=("arc_easy",)))
 
 

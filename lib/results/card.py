@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..config import RunConfig, flag_of
 from ..load import EMBEDDED, EMBEDDED_HUB
 
+WHEN = ("dense", "pruned")
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
 
 
@@ -50,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
 ## Perplexity
 
 {_perplexity(record["perplexity"])}
-
+{_accuracies(record.get("zero_shot"))}
 ## How it was made
 
     {_command(config, folder)}
@@ -96,6 +97,24 @@ def _perplexity(measured: dict | None) -> str:
         f"On `{name}`, {measured['windows']} windows of {measured['seqlen']} tokens (lower is better):\n\n"
         f"| dense | pruned |\n|---|---|\n| {dense} | {measured['pruned']:.4f} |"
     )
+
+
+def _accuracies(zero_shot: dict | None) -> str:
+    if not zero_shot:
+        return ""
+
+    def row(name: str, found: dict) -> str:
+        return f"| {name} | {' | '.join('' if found[when] is None else f'{found[when]:.4f}' for when in WHEN)} |"
+
+    metric, rows = zero_shot["mean"]["metric"], []
+    for name in zero_shot["mean"]["tasks"]:
+        task = zero_shot["tasks"][name]
+        rows.append(row(name, {when: task[when] and task[when].get(metric) for when in WHEN}))
+    limited = f", the first {zero_shot['limit']} documents of each" if zero_shot["limit"] else ""
+    return "\n".join(
+        ["", "## Zero-shot accuracy", "", f"`{metric}` of {zero_shot['harness']}{limited}:", "", "| task | dense | pruned |",
+         "|---|---|---|", *rows, row("mean", zero_shot["mean"]), ""]
+    )  # fmt: skip
 
 
 def _command(config: RunConfig, folder: str) -> str:
