@@ -51,6 +51,8 @@ class HarnessModel(HFLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options) -> list[int]:
         """The text's tokens."""
+        if add_special_tokens is None and self._bos is None and self.prefix_token_id is None:
+            return self.tokenizer.encode(string)  # HFLM asks whether the text begins with a token that is not there
         if self._bos is None or add_special_tokens is not None:
             return super().tok_encode(string, add_special_tokens, **options)
         found = super().tok_encode(string, add_special_tokens=False, **options)
@@ -110,6 +112,10 @@ class HarnessModel(HFLM):
 
     def _check(self, requests: list[Request]) -> None:
         for texts, context, continuation in requests:
+            if context == [None]:
+                raise RunError(
+                    f"{self._what}: a text has nothing before it, and the model's tokenizer no BOS and no EOS"
+                )
             if not (context and continuation):
                 raise RunError(f"{self._what}: the model's tokenizer gives no token for a part of {texts!r}")
             if len(continuation) > self.max_length:

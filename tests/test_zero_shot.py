@@ -419,3 +419,18 @@ def test_the_harness_leaves_the_generators_where_they_were(own, folder, tmp_path
     before = random.getstate()
     main.run(config_of(folder, tmp_path, tasks=(str(own),)))
     assert random.getstate() == before
+
+
+def test_a_tokenizer_without_bos_and_eos(folder, tmp_path):
+    """The harness itself fails on it; its tokens are what the tokenizer gives."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    requests = [Instance("loglikelihood", {}, (text(i, 4), f" {text(i, 2)}"), i) for i in range(3)]
+    found = [
+        HarnessModel(LanguageModel(hf, one), lambda length: 1).loglikelihood(requests) for one in (tokenizer, bare)
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(RunError, match="no BOS and no EOS"):
+        HarnessModel(LanguageModel(hf, bare), lambda length: 1).loglikelihood_rolling(requests)

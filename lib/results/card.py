@@ -111,10 +111,8 @@ def _accuracies(zero_shot: dict | None) -> str:
         task = zero_shot["tasks"][name]
         rows.append(row(name, {when: task[when] and task[when].get(metric) for when in WHEN}))
     limited = f", the first {zero_shot['limit']} documents of each" if zero_shot["limit"] else ""
-    return "\n".join(
-        ["", "## Zero-shot accuracy", "", f"`{metric}` of {zero_shot['harness']}{limited}:", "", "| task | dense | pruned |",
-         "|---|---|---|", *rows, row("mean", zero_shot["mean"]), ""]
-    )  # fmt: skip
+    head = f"\n## Zero-shot accuracy\n\n`{metric}` of {zero_shot['harness']}{limited}:\n\n| task | dense | pruned |\n"
+    return "\n".join([f"{head}|---|---|---|", *rows, row("mean", zero_shot["mean"]), ""])
 
 
 def _command(config: RunConfig, folder: str) -> str:
