@@ -1,22 +1,21 @@
 """AlphaPruning: prune a causal LM layer by layer, by the shape of its weight matrices' spectra.
 
-flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices -> perplexity -> results
+flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices -> perplexity, accuracies -> results
 """
 
 import logging
 import sys
 
-from lib import cli, ranks, results, tokens
+from lib import cli, results, tokens, zero_shot
 from lib.analysis import analyze, describe, note, score, weigh_bos
 from lib.config import RunConfig
-from lib.data import calibration_windows, evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
+from lib.inputs import read_inputs
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import plan, prune_to
 from lib.stopwatch import Stopwatch
 from lib.storage import settle
-from lib.trials import on_trial
 
 log = logging.getLogger("lib.main")
 
@@ -37,25 +36,11 @@ def run(config: RunConfig) -> dict:
 
 def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Allocate, prune, evaluate, save."""
-    # The texts before the weights: a corpus that is missing or too short ends the run early.
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         seqlen = config.window(window_limit(load_config(source)))
         tokenizer = load_tokenizer(source)
-        calibration = held_out = evaluation = None
-        if config.calibrated:
-            windows = calibration_windows(
-                config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
-            )  # fmt: skip
-            calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
-            ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
-        if config.eval_wikitext:
-            evaluation = evaluation_windows(
-                config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
-                cache_dir=config.cache_dir,
-            )  # fmt: skip
-            ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        calibration, held_out, evaluation, tasks = read_inputs(config, tokenizer, seqlen, events)
         watched = calibration if evaluation is None else evaluation
         if config.stream:
             source = results.as_safetensors(source)
@@ -79,13 +64,24 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         with clock("evaluate"):
             return perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}", store=store)
 
+    def accuracies(what: str) -> dict:
+        with clock("zero-shot"):
+            return zero_shot.evaluate(model, tasks, config.batch, store=store, what=f"zero-shot, {what}")
+
+    def record(measured: dict | None = None, accuracy: dict | None = None) -> dict:
+        seconds, searches = clock.seconds(), planned["searches"]
+        return results.build_record(config, described, layers, measured, seconds, events, searches, accuracy)
+
     store = results.activation_store(config)
     if watched is not None and config.add_bos == "once":
         with clock("evaluate"):
             described["bos"] = weigh_bos(model, watched, events, store, remember)
-    dense = remember("dense", lambda: evaluate("dense")) if config.eval_dense else None
-    if dense is not None:
+    dense = dense_accuracies = measured = accuracy = None
+    if config.eval_dense and evaluation is not None:
+        dense = remember("dense", lambda: evaluate("dense"))
         log.info("perplexity before pruning: %.4f", dense)
+    if config.eval_dense and tasks:
+        dense_accuracies = remember("zero_shot", lambda: accuracies("dense"))
 
     scores, portraits = {}, {}
     if config.scored or config.plot:
@@ -118,28 +114,29 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
 
     quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
     layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
-    measured = None
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["searches"])
-    folder = results.write_run(config, record)  # once now, so that nothing is lost if what follows fails
+    folder = results.write_run(config, record())  # once now, so that nothing is lost if what follows fails
     if config.save_model and not journal:
         with clock("save"):
-            results.save_checkpoint(model, config.save_model, record)
+            results.save_checkpoint(model, config.save_model, record())
 
     if evaluation is not None:
         measured = {
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen, "windows": len(evaluation),
             "tokens": evaluation.numel(), "dense": dense, "pruned": evaluate("pruned"),
         }  # fmt: skip
-    record = results.build_record(config, described, layers, measured, clock.seconds(), events, planned["searches"])
-    results.write_run(config, record)
-    results.append_result(config, record)
+        results.write_run(config, record(measured))
+    if tasks:
+        accuracy = zero_shot.record(tasks, dense_accuracies, accuracies("pruned"))
+    final = record(measured, accuracy)
+    results.write_run(config, final)
+    results.append_result(config, final)
     if config.plot:
-        results.write_report(folder, record, scores, portraits)
+        results.write_report(folder, final, scores, portraits)
     if config.save_model:
-        results.describe_checkpoint(config, record)
+        results.describe_checkpoint(config, final)
     if journal:
         journal.close()
-    return record
+    return final
 
 
 if __name__ == "__main__":

@@ -28,8 +28,13 @@ class Store:
         if self.limit is None:
             self.limit = psutil.virtual_memory().available // 4
 
+    @property
+    def room(self) -> int:
+        """Bytes that memory still has room for."""
+        return max(self.limit - self.held, 0)
+
     def fits(self, size: int) -> bool:
-        return self.held + size <= self.limit
+        return size <= self.room
 
     def hold(self, size: int, owner: object) -> None:
         """So many bytes lie in memory for as long as `owner` lives."""
@@ -67,11 +72,11 @@ class Activations:
     """One tensor a batch, such as its hidden state (B, S, d), put in order and replaced in place.
 
     Without a store they stay where they are made, with the block that they come from; with one they lie on the host and
-    are read on the model's device.
+    are read on the model's device. All batches together come to the size of `batches` such as the first.
     """
 
-    def __init__(self, device: torch.device, windows: int, batch_size: int, store: Store | None):
-        self._device, self._windows, self._batch_size, self._store = device, windows, batch_size, store
+    def __init__(self, device: torch.device, batches: int, store: Store | None):
+        self._device, self._count, self._store = device, batches, store
         self._batches: list[Tensor] = []
         self._mapped: Tensor | None = None
 
@@ -86,7 +91,7 @@ class Activations:
 
     def _append(self, value: Tensor) -> None:
         if self._store is not None and not self._batches:
-            elements = value.numel() * -(-self._windows // self._batch_size)
+            elements = value.numel() * self._count
             size = elements * value.element_size()
             if self._store.fits(size):
                 self._store.hold(size, self)
@@ -104,7 +109,7 @@ class Activations:
 
     def empty(self) -> "Activations":
         """A place for other tensors of the same windows."""
-        return Activations(self._device, self._windows, self._batch_size, self._store)
+        return Activations(self._device, self._count, self._store)
 
     def copy(self) -> "Activations":
         """The same tensors, to go their own way."""

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from transformers import modeling_gguf_pytorch_utils
 
 from . import ranks
-from .config import Flags, RunConfig
+from .config import RunConfig
 from .errors import RunError
+from .flags import Flags
 from .memory import keep_freed_memory
 
 KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again

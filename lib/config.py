@@ -1,10 +1,7 @@
-"""RunConfig: every flag of the command, checked before any weight is read; and what flags of any command share."""
+"""RunConfig: every flag of the command, checked before any weight is read."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -13,11 +10,11 @@ from .allocation.base import MAPPINGS
 from .allocation.budget import S_MAX, S_MIN
 from .data import ADD_BOS, find_corpus
 from .errors import RunError
+from .flags import Flags, flag, flag_of
 from .load import choose_device, locate
 from .masks import Pattern
 from .metrics import METRICS
 from .pruners import PRUNERS
-from .registry import unknown_name
 
 RECOVERIES = ("none", "block")
 AUTO = "auto"  # chosen on held-out calibration windows
@@ -44,79 +41,6 @@ def prune_methods() -> dict[str, tuple[str, str]]:
         if allocation != "uniform":
             methods |= {f"{pruner}_{allocation}": (pruner, allocation) for pruner in PRUNERS}
     return methods
-
-
-def flag(default, text: str, **metadata):
-    """A field that is a flag: its default, its help, and its choices and further spellings."""
-    return field(default=default, metadata={"help": text, **metadata})
-
-
-class Flags:
-    """What the configurations of all commands share; each is a frozen dataclass with a field for every flag.
-
-    command  the script that is run
-    purpose  the first line of its help
-    apart    fields that do not decide the result
-    in_parts whether the model is read in parts
-    """
-
-    command: ClassVar[str]
-    purpose: ClassVar[str]
-    apart: ClassVar[tuple[str, ...]]
-    in_parts = False
-
-    @classmethod
-    def recorded(cls, values: dict):
-        """The configuration of a run that was recorded, which is not checked again."""
-        config = object.__new__(cls)
-        for item in fields(cls):
-            value = values.get(item.name, item.default)
-            object.__setattr__(config, item.name, tuple(value) if isinstance(value, list) else value)
-        return config
-
-    def check_given(self, *required: str) -> None:
-        """Raises RunError for a flag that is required and missing, empty, or none of its choices."""
-        for name in required:
-            if not getattr(self, name):
-                raise RunError(f"--{name}: is missing")
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata.get("choices")
-            if value == "" and item.default != "":  # of a shell's variable that is not set
-                raise RunError(f"{flag_of(item)}: is empty")
-            for one in value if isinstance(value, tuple) else [value]:
-                if choices and one != item.default and one not in choices():
-                    raise unknown_name(flag_of(item), one, choices())
-
-    def check_least(self, **least: int) -> None:
-        """Raises RunError for a number, where there is one, below the least that it may be."""
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise RunError(f"--{name} {value}: must be at least {bound}")
-
-    def window(self, limit: int | None) -> int:
-        """Tokens a window for a model made for at most `limit`."""
-        if self.seqlen is None:
-            return min(2048, limit or 2048)
-        if limit and self.seqlen > limit:
-            raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
-        return self.seqlen
-
-    def unread(self) -> set[str]:
-        """Fields that this run does not read."""
-        return set()
-
-    def deciding(self) -> dict:
-        """The flags that decide a run's result."""
-        deciding = {name: value for name, value in asdict(self).items() if name not in self.apart}
-        if Path(self.model).exists():
-            deciding["model"] = str(Path(self.model).resolve())
-        return deciding
-
-    @property
-    def digest(self) -> str:
-        """Of the flags that decide the result: the end of the run's name."""
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -170,7 +94,11 @@ class RunConfig(Flags):
     )
     eval_windows: int | None = flag(None, "evaluate the first windows only (default: all)")
     eval_dense: bool = flag(False, "also evaluate before pruning")
-    eval_zero_shot: bool = flag(False, "zero-shot tasks; not available yet")
+    eval_zero_shot: bool = flag(False, "report accuracy on --tasks")
+    tasks: tuple[str, ...] = flag(
+        PAPER, "zero-shot tasks: names or groups of lm_eval, or .yaml files and folders of your own"
+    )
+    task_limit: int | None = flag(None, "evaluate the first documents of each task only (default: all)")
     batch_size: int | None = flag(None, "windows a forward pass (default: about 1024 tokens on the CPU, 8192 on cuda)")
     device: str = flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = flag("auto", "auto: float32 on the CPU, on cuda as the checkpoint says", choices=lambda: list(DTYPES))
@@ -191,8 +119,10 @@ class RunConfig(Flags):
     quiet: bool = flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        given = (self.ww_metric,) if isinstance(self.ww_metric, str) else self.ww_metric
-        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(given)))
+        for name in ("ww_metric", "tasks"):
+            given = getattr(self, name)
+            given = (given,) if isinstance(given, str) else given
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
         self.check_given("model", *([] if self.analyze_only else ["prune_method"]))
         self._check_numbers()
         self._check_combinations()
@@ -224,7 +154,7 @@ class RunConfig(Flags):
                 raise RunError(f"--{name} {value:g}: must lie in [{low}, {high}]")
         if not self.owl_m > 0:
             raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
-        self.check_least(nsamples=1, seqlen=2, eval_windows=1, batch_size=1, seed=0)
+        self.check_least(nsamples=1, seqlen=2, eval_windows=1, task_limit=1, batch_size=1, seed=0)
 
     def _check_pattern(self) -> None:
         pattern, ratio = Pattern.parse(self.sparsity_type)
@@ -242,8 +172,6 @@ class RunConfig(Flags):
                 )
 
     def _check_combinations(self) -> None:
-        if self.eval_zero_shot:
-            raise RunError("--eval_zero_shot: is not available yet; leave it out (perplexity is reported)")
         if not self.ww_metric:
             raise RunError("--WW_metric: is missing; name at least one")
         if self.activation_memory is not None and not self.activation_memory >= 0:
@@ -265,8 +193,10 @@ class RunConfig(Flags):
                 raise RunError(
                     f"--{name} {_readable(getattr(self, name))}: is for {known}, which minimise errors of outputs"
                 )
-        if self.eval_dense and not self.eval_wikitext:
-            raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off")
+        if self.eval_dense and not (self.eval_wikitext or self.eval_zero_shot):
+            raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off, or --eval_zero_shot")
+        if self.eval_zero_shot and not self.tasks:
+            raise RunError("--tasks: is missing; name at least one")
 
     @property
     def pruner(self) -> str:
@@ -328,7 +258,9 @@ class RunConfig(Flags):
             unread += ["calib_data", "nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
-        if not self.calibrated and not self.eval_wikitext:
+        if not self.eval_zero_shot:
+            unread += ["tasks", "task_limit"]
+        if not (self.calibrated or self.eval_wikitext or self.eval_zero_shot):
             unread += ["add_bos"]
         if self.pattern.group is not None:
             unread += ["fisher"]  # N of every M are chosen within a row
@@ -380,8 +312,3 @@ class RunConfig(Flags):
 
 def _readable(value: float | str) -> str:
     return value if value == AUTO else f"{value:g}"
-
-
-def flag_of(item) -> str:
-    """The spelling of a field's flag that messages use: the published one."""
-    return item.metadata.get("flags", (f"--{item.name}",))[0]

@@ -223,12 +223,15 @@ def find_corpus(flag: str, name: str) -> Corpus:
 
 def _front(tokenizer, add_bos: str) -> Tensor:
     """What every window begins with: BOS or nothing."""
-    if add_bos != "every":
-        return torch.empty(0, dtype=torch.int64)
+    return torch.tensor([every_begins_with(tokenizer)] if add_bos == "every" else [], dtype=torch.int64)
+
+
+def every_begins_with(tokenizer) -> int:
+    """The BOS of --add_bos every. Raises RunError where the tokenizer has none."""
     bos = tokens.bos(tokenizer)
     if bos is None:
         raise RunError("--add_bos every: the model's tokenizer has no BOS; leave it at once")
-    return torch.tensor([bos])
+    return bos
 
 
 def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str) -> str:

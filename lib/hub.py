@@ -1,9 +1,9 @@
 """The Hugging Face hub: what is fetched from it, how long it is waited for, and where it is kept.
 
-Nothing else here asks the hub for anything. A model becomes a local folder before a library reads it, a data set local
-files, all in huggingface_hub's cache under --cache_dir, so that a later run finds them without a network. What may pass
-(a cut connection, a timeout, 429, 5xx) is tried again until nothing has moved for PATIENCE seconds, with a line in the
-log; what may not is a RunError that says what happened and what to do.
+Nothing else here asks the hub for anything, but `datasets` inside `data_sets`. A model becomes a local folder before a
+library reads it, a data set local files, all in huggingface_hub's cache under --cache_dir, so that a later run finds
+them without a network. What may pass (a cut connection, a timeout, 429, 5xx) is tried again until nothing has moved for
+PATIENCE seconds, with a line in the log; what may not is a RunError that says what happened and what to do.
 """
 
 import errno
@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -122,6 +122,42 @@ def keep_code(cache_dir: str) -> None:
     """Have transformers put the code of models, which it copies before it runs it, under the cache and not ~/.cache."""
     if "HF_MODULES_CACHE" not in os.environ:
         dynamic_module_utils.HF_MODULES_CACHE = str(Path(cache_dir).absolute() / "modules")
+
+
+@contextmanager
+def data_sets(cache_dir: str, name: str) -> Iterator[list[BaseException]]:
+    """Meanwhile `datasets`, where a library has it fetch what it wants itself, asks the hub that the environment names,
+    as patiently as all else here, and keeps what it fetches under the cache, or in HF_DATASETS_CACHE where that is set.
+
+    Yields what requests to the hub failed with, which `datasets` leaves out of its own errors. `name` is for the log.
+    """
+    from datasets import config  # takes a second to import, and other runs do without
+
+    folder = Path(cache_dir).absolute()
+    kept = Path(os.environ.get("HF_DATASETS_CACHE", folder / "datasets"))
+    changed = [
+        (config, "HF_ENDPOINT", endpoint()),
+        (config, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE), (config, "HF_UPDATE_DOWNLOAD_COUNTS", False),
+        (config, "USE_PARQUET_EXPORT", False),  # it is asked of another host, for what the data themselves say
+        (config, "HF_DATASETS_CACHE", kept), (config, "DOWNLOADED_DATASETS_PATH", kept / "downloads"),
+        (constants, "HF_HUB_CACHE", str(folder)),
+    ]  # fmt: skip
+    session, failed = get_session(), []
+
+    def send(request: httpx.Request, **options) -> httpx.Response:
+        try:
+            return _Watch(name, "its data", PATIENCE).send(own, request, **options)
+        except _GaveUpError as error:
+            failed.append(error.__cause__)
+            raise
+
+    own, session.send = session.send, send
+    with ExitStack() as stack:
+        stack.callback(delattr, session, "send")
+        for module, setting, value in changed:
+            stack.callback(setattr, module, setting, getattr(module, setting))
+            setattr(module, setting, value)
+        yield failed
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from huggingface_hub.utils import httpx
 
 from .errors import RunError, reason_of
 
-INSTEAD = {"model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'"}
+INSTEAD = {
+    "model": "a local folder, a .gguf file or 'smollm2'", "dataset": "a local file or 'pydoc'",
+    "task": "a task of your own on local files",
+}  # fmt: skip
 
 
 class HubError(RunError):
@@ -28,6 +31,11 @@ def endpoint() -> str:
 
 def happened(error: BaseException, name: str, kind: str = "model") -> tuple[str, str]:
     """What an error of huggingface_hub says happened, by its first cause, and what to do about it."""
+    return of_the_hub(error, name, kind) or (f"cannot be fetched: {reason_of(error)}", "")
+
+
+def of_the_hub(error: BaseException, name: str, kind: str) -> tuple[str, str] | None:
+    """As `happened`; nothing where what failed was not the hub."""
     cause = error
     while cause is not None:
         if isinstance(cause, errors.HfHubHTTPError):
@@ -42,7 +50,7 @@ def happened(error: BaseException, name: str, kind: str = "model") -> tuple[str,
         if isinstance(cause, errors.HFValidationError):
             return f"cannot be a name on the hub ({reason_of(cause)})", ""
         cause = cause.__cause__ or cause.__context__
-    return f"cannot be fetched: {reason_of(error)}", ""
+    return None
 
 
 def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, str]:
@@ -58,7 +66,7 @@ def _refused(error: errors.HfHubHTTPError, name: str, kind: str) -> tuple[str, s
         return f"gated ({answer})", f"accept its terms at {page}, then {login}"
     if isinstance(error, errors.RepositoryNotFoundError):
         remedy = "check the name" if token else f"check the name; if it is private, {login}"
-        return f"the hub shows no {kind} of this name ({answer})".replace("dataset", "data set"), remedy
+        return f"the hub shows no {'model' if kind == 'model' else 'data set'} of this name ({answer})", remedy
     if response.status_code == 401:
         return f"the hub refuses the token ({answer})", "renew HF_TOKEN, or run `hf auth login`"
     if response.status_code == 429:

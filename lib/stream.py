@@ -4,8 +4,9 @@ Every block is called with exactly the arguments that the model itself passes to
 """
 
 import copy
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -51,6 +52,7 @@ class BlockwiseError(RunError):
 class Stream:
     """The calibration windows on their way through the blocks: what each visit gives, a batch at a time.
 
+    windows (n, seqlen), cut into batches; or the batches (B, S) themselves, of whatever lengths, the longest first.
     Making one follows the model's own forward pass on the first window, and checks on it that the blocks called one by
     one give what that gives; raises RunError for a model of which that is not true.
 
@@ -62,12 +64,12 @@ class Stream:
     """
 
     def __init__(
-        self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None,
+        self, model: LanguageModel, windows: Tensor | Sequence[Tensor], batch_size: int = 1, store: Store | None = None,
         route: Route | None = None, keep: bool = False,
     ):  # fmt: skip
-        self.model, self.batches, self._store, self._keep = model, windows.split(batch_size), store, keep
-        self.route = _follow(model, windows[:1]) if route is None else route
-        self.hidden = Activations(model.device, len(windows), batch_size, store)
+        self.model, self.batches, self._store, self._keep = model, _batches(windows, batch_size), store, keep
+        self.route = _follow(model, self.batches[0][:1]) if route is None else route
+        self.hidden = Activations(model.device, _as_many_as_the_first(self.batches), store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
         self._calls: list[list[Call | None]] = []  # [batch][visit] -> arguments beside the hidden state, where kept
         for tokens in self.batches:
@@ -330,14 +332,15 @@ def _resident_in_forward(model: LanguageModel):
 
 
 def last_hidden_states(
-    model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None
+    model: LanguageModel, windows: Tensor | Sequence[Tensor], batch_size: int = 1, store: Store | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of windows (B, S) and their last hidden states (B, S, d), after the final norm.
 
+    windows as `Stream` takes them.
     Of a model in memory batch by batch; of one that is not, all batches through one block, then through the next.
     """
     if not model.streamed:
-        for batch in windows.split(batch_size):
+        for batch in _batches(windows, batch_size):
             yield batch, model.hidden_states(batch)
         return
     stream = Stream(model, windows, batch_size, store)
@@ -345,6 +348,18 @@ def last_hidden_states(
         with model.resident_block(block):
             stream.advance(visit)
     yield from stream.finish()
+
+
+def _batches(windows: Tensor | Sequence[Tensor], batch_size: int) -> Sequence[Tensor]:
+    return windows.split(batch_size) if isinstance(windows, Tensor) else windows
+
+
+def _as_many_as_the_first(batches: Sequence[Tensor]) -> int:
+    """How many of the first's size all batches come to at most, whether what is held of one grows with its tokens or
+    with its windows.
+    """
+    windows, tokens = (sum(map(size, batches)) / size(batches[0]) for size in (len, Tensor.numel))
+    return math.ceil(max(windows, tokens))
 
 
 @contextmanager

@@ -4,7 +4,8 @@
         --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
-rest flags of main.py; what follows `--` are flags of every run. A run is what `main.py` does with these flags; the
+rest flags of main.py; what follows `--` are flags of every run. With --tasks the mean of their zero-shot accuracies
+is one more column; runs from before stay without it. A run is what `main.py` does with these flags; the
 model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in the folder holds
 are not run again, and the files are written anew after each; protocol.txt keeps what all runs there have in common.
 """
@@ -25,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from torch import Tensor
 
-from lib import cli, results
+from lib import cli, results, zero_shot
 from lib.allocation import ALLOCATIONS
 from lib.analysis import score
 from lib.config import RunConfig
-from lib.data import calibration_windows, evaluation_windows
+from lib.data import calibration_windows, evaluation_windows, every_begins_with
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
@@ -43,6 +44,7 @@ log = logging.getLogger("lib.leaderboard")
 
 DENSE = "dense"
 NUMBERS = ("achieved", "allocation_seconds", "pruning_seconds", "peak_memory_gb")
+ACCURACY = "accuracy"  # last, so that a board from before has the same columns and one more
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,30 @@ def _windows_of(config: RunConfig) -> tuple:
 class Board:
     """The runs that are done, kept in a folder as runs.csv, table.md and perplexity.png."""
 
-    def __init__(self, folder: Path, texts: list[Text], common: list[str]):
+    def __init__(self, folder: Path, texts: list[Text], common: list[str], tasks: list[str]):
         words = [*common, *(f"{t.name}={Path(t.data).name}:{t.windows}" for t in texts)]
         protocol = shlex.join(Path(word).name if Path(word).is_file() else word for word in words) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "protocol.txt").is_file() and (folder / "protocol.txt").read_text() != protocol:
             raise SystemExit(f"{folder}: holds runs of another protocol (protocol.txt); name another --save")
         (folder / "protocol.txt").write_text(protocol)
+        asked = shlex.join(tasks) + "\n"
+        if tasks and (folder / "tasks.txt").is_file() and (folder / "tasks.txt").read_text() != asked:
+            raise SystemExit(f"{folder}: holds accuracies on other tasks (tasks.txt); name another --save")
+        if tasks:
+            (folder / "tasks.txt").write_text(asked)
         self._folder, self._texts = folder, texts
         self._path = folder / "runs.csv"
-        self._columns = ["run", "method", "settings", "sparsity", "seed", *(t.column for t in texts), *NUMBERS]
+        self._columns = [
+            "run",
+            "method",
+            "settings",
+            "sparsity",
+            "seed",
+            *(t.column for t in texts),
+            *NUMBERS,
+            ACCURACY,
+        ]
         self._rows: list[dict] = []
         if self._path.is_file():
             with self._path.open(encoding="utf-8", newline="") as file:
@@ -145,6 +161,8 @@ class Board:
         """table.md and perplexity.png from the runs so far."""
         heads = ["sparsity", "method", *(f"perplexity, {t.name}" for t in self._texts), "seeds", "achieved"]
         heads += ["allocation, s", "pruning, s", "memory, GB"]
+        accurate = any(row.get(ACCURACY) for row in self._rows)
+        heads += ["mean zero-shot acc"] * accurate
         lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for (sparsity, method, extra), rows in self._methods().items():
             cells = [f"{sparsity:g}", f"`{' '.join(filter(None, [method, extra]))}`"]
@@ -152,6 +170,7 @@ class Board:
             cells += [str(len(rows))]
             for name, digits in zip(NUMBERS, (4, 0, 0, 1), strict=True):
                 cells += [f"{_mean(rows, name):.{digits}f}" if _values(rows, name) else ""]
+            cells += [f"{_mean(rows, ACCURACY):.4f}" if _values(rows, ACCURACY) else ""] * accurate
             lines.append(f"| {' | '.join(cells)} |")
         (self._folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._draw()
@@ -233,7 +252,7 @@ class Runner:
     first block are taken anew: they are a thirtieth of a pass.
     """
 
-    def __init__(self, configs: list[RunConfig], texts: list[Text]):
+    def __init__(self, configs: list[RunConfig], texts: list[Text], tasks: list[str], limit: int | None):
         config = configs[0]
         self._scoring = list(dict.fromkeys(c.allocation for c in configs if ALLOCATIONS[c.allocation].score))
         self._source = find_source(config.model, config.cache_dir, config.trust_remote_code)
@@ -250,6 +269,10 @@ class Runner:
             )
             for text in texts
         }
+        bos = every_begins_with(self._tokenizer) if config.add_bos == "every" else None
+        self._tasks = zero_shot.load(tasks, limit=limit, bos=bos, cache_dir=config.cache_dir) if tasks else None
+        if self._tasks and self._tasks.missing:
+            raise RunError(f"--tasks: {self._tasks.missing}, and the mean is of all or none")
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
         self._remembered: dict[tuple, tuple[object, float]] = {}
         self._saved = 0.0  # seconds that this run would have spent on what it found remembered
@@ -276,12 +299,16 @@ class Runner:
     def _fisher(self, config: RunConfig, calibration: Tensor):
         return self._remember("fisher", *_windows_of(config), measure=lambda: row_fisher(self._model, calibration))
 
-    def evaluate(self, batch_size: int) -> dict[str, str]:
-        """Perplexity of the model as it stands on every text."""
-        return {
+    def evaluate(self, config: RunConfig) -> dict[str, str]:
+        """Perplexity of the model as it stands on every text, and its mean accuracy on the tasks."""
+        batch_size = config.batch(config.seqlen)
+        found = {
             column: f"{perplexity(self._model, windows, batch_size=batch_size, what=column):.4f}"
             for column, windows in self._evaluation.items()
         }
+        if self._tasks:
+            found[ACCURACY] = f"{zero_shot.mean(zero_shot.evaluate(self._model, self._tasks, config.batch)):.6f}"
+        return found
 
     def run(self, config: RunConfig) -> dict:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
@@ -312,7 +339,7 @@ class Runner:
                     config, self._model, planned["targets"], planned["asymmetry"], calibration, row_weights=rows,
                     batch_size=batch, recovery=config.recover == "block", clock=clock, events=events,
                 )  # fmt: skip
-            found = self.evaluate(batch)
+            found = self.evaluate(config)
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))
         for event in events + planned["events"]:
             log.info("%s: %s", event["matrix"], event["message"])
@@ -332,6 +359,8 @@ def main() -> None:
     parser.add_argument("list", type=Path, help="the runs: pruners allocations sparsities seeds [flags] a line")
     parser.add_argument("--save", type=Path, required=True, help="folder of runs.csv, table.md and perplexity.png")
     parser.add_argument("--eval_data", nargs="+", required=True, help="texts: [name=]data[:windows]; the first ranks")
+    parser.add_argument("--tasks", nargs="+", default=[], help="zero-shot tasks, as main.py takes them")
+    parser.add_argument("--task_limit", type=int, help="evaluate the first documents of each task only")
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, common = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     cli.set_up_logging(quiet=False)
@@ -339,15 +368,16 @@ def main() -> None:
     texts = [Text.parse(given) for given in options.eval_data]
     if len({text.name for text in texts}) < len(texts):
         raise RunError("--eval_data: two texts have one name; give names, NAME=DATA")
-    board, runner = Board(options.save, texts, common), None
+    limited = [f"--task_limit {options.task_limit}"] if options.task_limit else []
+    board, runner = Board(options.save, texts, common, options.tasks and [*options.tasks, *limited]), None
     configs = list(entries(options.list, common))
     for config in configs:
         if run_key(config) in board:
             continue
         log.info("run: %s", run_key(config))
-        runner = runner or Runner(configs, texts)
+        runner = runner or Runner(configs, texts, options.tasks, options.task_limit)
         if DENSE not in board:
-            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(config.batch(config.seqlen)))
+            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(config))
         board.add(**runner.run(config))
     if runner is None:
         board.write()

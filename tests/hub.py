@@ -1,23 +1,45 @@
 """A small Hugging Face hub on 127.0.0.1, which huggingface_hub takes for the real one through HF_ENDPOINT.
 
 It serves the repositories that a test gives it: what the hub keeps outside git (weights, archives, tables) by way of a
-second server, as the hub's own redirects do. It remembers every request, and fails where it is told to.
+second server, as the hub's own redirects do. It remembers every request, and fails where it is told to. Run by itself,
+it serves a folder of zero-shot tasks' documents to whoever HF_ENDPOINT sends:
+
+    python tests/hub.py FOLDER  # of arc_easy.jsonl and others, in the fields of the hub's data sets; prints its address
 """
 
 import hashlib
+import io
 import json
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow
+from pyarrow import parquet
 
 OUTSIDE_GIT = (".bin", ".safetensors", ".model", ".parquet", ".gz")
 RESOLVE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)")
 IN_THE_BODY = ("half", "stall")
-INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)")
+INFO = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?")
+TREE = re.compile(r"/api/datasets/([^/]+/[^/]+)/(tree|paths-info)/([^/]+)(?:/(.*))?")
+
+# task -> data set, its configuration and the split that the stock definition evaluates
+TASKS = {
+    "boolq": ("aps/super_glue", "boolq", "validation"),
+    "rte": ("nyu-mll/glue", "rte", "validation"),
+    "hellaswag": ("Rowan/hellaswag", "default", "validation"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "openbookqa": ("allenai/openbookqa", "main", "test"),
+    "piqa": ("baber/piqa", "default", "validation"),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,25 @@ class Hub:
         made = self.repositories.setdefault(f"{kind}/{name}", Repository(**access))
         made.files[revision] = {file: text.encode() if isinstance(text, str) else text for file, text in files.items()}
 
+    def add_tasks(self, documents: dict[str, list[dict]]):
+        """The data sets of these tasks as the hub lays them out: a parquet file for each configuration's split."""
+        made: dict[str, dict[str, dict[str, list[dict]]]] = {}
+        for task, rows in documents.items():
+            name, configuration, split = TASKS[task]
+            splits = dict.fromkeys(("train", "validation", "test"), rows[:1]) | {split: rows}
+            made.setdefault(name, {})[configuration] = splits
+        for name, configurations in made.items():
+            files, card = {}, ["---", "configs:"]
+            for configuration, splits in configurations.items():
+                card += [f"- config_name: {configuration}", "  data_files:"]
+                for split, rows in splits.items():
+                    path = f"{configuration}/{split}-00000-of-00001.parquet"
+                    card += [f"  - split: {split}", f"    path: {configuration}/{split}-*"]
+                    file = io.BytesIO()
+                    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+                    files[path] = file.getvalue()
+            self.add(name, {"README.md": "\n".join([*card, "---", ""]), **files}, "datasets")
+
     def fail(self, path: str, how: int | str, times: float = float("inf"), **headers: str):
         self.failures.append(Failure(path, how, times, headers))
 
@@ -119,13 +160,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif former := next((n for n in hub.moved if path.startswith((f"/api/models/{n}", f"/{n}/resolve/"))), None):
             self._send(307, b"", {"Location": path.replace(former, hub.moved[former], 1)})
         elif found := INFO.fullmatch(path):
-            self._info(*found.groups(), token)
+            self._info(*found.groups()[:2], token)
+        elif found := TREE.fullmatch(path):
+            self._tree(*found.groups(), token)
         elif found := RESOLVE.fullmatch(path):
             self._resolve("datasets" if found[1] else "models", *found.groups()[1:], token)
         else:
             self._refuse(404, "", "no such page")
 
     do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self):
+        self.body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.do_GET()
 
     def _failure(self, path: str, kind: Callable[[int | str], bool]) -> Failure | None:
         for failure in self.server.hub.failures:
@@ -155,6 +202,30 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": file} for file in repository.files["main"]]
         said = {"id": name, "sha": _commit(name, "main"), "siblings": files, "private": repository.private}
         self._send(200, json.dumps(said).encode())
+
+    def _tree(self, name: str, what: str, _revision: str, folder: str | None, token: str):
+        """The files of a data set in a folder and below, or at the paths that were sent."""
+        if (repository := self._allowed("datasets", name, token)) is None:
+            return
+        files = repository.files["main"]
+        if what == "paths-info":
+            sent = (
+                json.loads(self.body)["paths"] if self.body.startswith(b"{") else parse_qs(self.body.decode())["paths"]
+            )
+            chosen = [file for file in files if file in sent]
+            folders = [path for path in sent if any(file.startswith(f"{path}/") for file in files)]
+        else:
+            chosen = [file for file in files if not folder or file.startswith(f"{folder}/")]
+            folders = sorted({str(PurePosixPath(file).parent) for file in chosen if "/" in file})
+            if not chosen:
+                return self._refuse(404, "EntryNotFound", f"{folder} does not exist")
+        said = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in folders]
+        for file in chosen:
+            size, digest = len(files[file]), _etag(files[file]).strip('"')
+            entry = {"type": "file", "oid": digest[:40], "size": size, "path": file}
+            stored = {"lfs": {"oid": digest, "size": size, "pointerSize": 130}} if file.endswith(OUTSIDE_GIT) else {}
+            said.append(entry | stored)
+        return self._send(200, json.dumps(said).encode())
 
     def _resolve(self, kind: str, name: str, revision: str, file: str, token: str):
         if (repository := self._allowed(kind, name, token)) is None:
@@ -216,3 +287,16 @@ def _commit(name: str, branch: str) -> str:
 
 def _etag(contents: bytes) -> str:
     return f'"{hashlib.sha256(contents).hexdigest()}"'
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    read = {
+        task: [json.loads(line) for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+        for task in TASKS
+        if (folder / f"{task}.jsonl").is_file()
+    }
+    with Hub() as serving:
+        serving.add_tasks(read)
+        print(serving.url, flush=True)
+        threading.Event().wait()

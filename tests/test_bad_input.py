@@ -103,7 +103,9 @@ CASES = [
     # combinations
     case("variant of sparsegpt", "--prune_method sparsegpt --use_variant", "--use_variant:", "only wanda has"),
     case("variant with 2:4", "--use_variant --sparsity_type 2:4", "--use_variant:", "2:4"),
-    case("zero-shot", "--eval_zero_shot", "--eval_zero_shot:", "leave it out"),
+    case("no task", "--eval_zero_shot --tasks", "--tasks", "at least one"),
+    case("task of no file", "--eval_zero_shot --tasks mine.yaml", "--tasks mine.yaml: no such file", base=QUIET),
+    case("no document", "--eval_zero_shot --task_limit 0", "--task_limit 0:", "at least 1"),
     case("dense without evaluation", "--eval_dense --no-eval_wikitext", "--eval_dense:", "--no-eval_wikitext"),
     case(
         "two metrics", "--prune_method wanda_ww --WW_metric alpha entropy",

@@ -23,7 +23,8 @@ DECIDING = {
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
-    "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every",
+    "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True, "tasks": ("piqa",),
+    "task_limit": 9,
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -154,8 +155,7 @@ def test_run_name_leaves_out_what_does_not_decide(name, configure):
 
 
 def test_every_field_is_known_to_decide_or_not():
-    # eval_zero_shot is refused whatever its result would be
-    known = {*DECIDING, *INDIFFERENT, "model", "eval_zero_shot"}
+    known = {*DECIDING, *INDIFFERENT, "model"}
     assert {item.name for item in dataclasses.fields(RunConfig)} == known
 
 

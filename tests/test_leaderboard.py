@@ -1,6 +1,8 @@
 """script/leaderboard.py: what main.py gives, shared, resumed and summed up over seeds."""
 
 import csv
+import json
+import shutil
 import subprocess
 
 import forking
@@ -72,6 +74,42 @@ def test_texts_of_one_name_are_refused(here):
     refused = forking.run("script/leaderboard.py", [str(here / "list.txt"), "--save", str(here / "twice"), *texts])
     assert refused.returncode == 1
     assert refused.stderr == "leaderboard.py: error: --eval_data: two texts have one name; give names, NAME=DATA\n"
+
+
+def test_the_mean_accuracy_is_one_more_column(here, done, tmp_path):
+    """That of main.py; runs from before stay as they are."""
+    rows_of_task = [{"question": f"word{i} word{i + 1}", "answer": ("word1", "word2")[i % 2]} for i in range(9)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_task))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "doc_to_choice: [word1, word2]\nmetric_list: [{metric: acc}]\n"
+    )
+    shutil.copytree(here / "out", tmp_path / "out")
+    (tmp_path / "list.txt").write_text("wanda uniform 0.6,0.7 0\n")
+    texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"fewer={here / 'words.txt'}:4"]
+    asked = [
+        str(tmp_path / "list.txt"),
+        "--save",
+        str(tmp_path / "out"),
+        *texts,
+        "--tasks",
+        str(tmp_path / "mine.yaml"),
+    ]
+    process = forking.run("script/leaderboard.py", [*asked, "--task_limit", "5", "--", *common(here)])
+    assert process.returncode == 0, process.stderr
+    with (tmp_path / "out/runs.csv").open() as file:
+        found = {row["run"]: row for row in csv.DictReader(file)}
+    assert [run for run, row in found.items() if row["accuracy"]] == ["wanda 0.7 seed0"]
+    flags = ["--prune_method", "wanda", "--sparsity_ratio", "0.7", "--no-eval_wikitext", "--save", str(tmp_path)]
+    flags += ["--eval_zero_shot", "--tasks", str(tmp_path / "mine.yaml"), "--task_limit", "5"]
+    record = main.run(cli.parse([*flags, *common(here)]))
+    assert float(found["wanda 0.7 seed0"]["accuracy"]) == pytest.approx(record["zero_shot"]["mean"]["pruned"])
+    head, *lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert head.endswith("| mean zero-shot acc |")
+    assert sum(not line.endswith("|  |") for line in lines[1:]) == 1
+    other = forking.run("script/leaderboard.py", [*asked, "--task_limit", "4", "--", *common(here)])
+    assert "other tasks" in other.stderr
 
 
 def test_what_is_done_is_not_done_again(here, done):

@@ -163,9 +163,7 @@ def test_activations_in_a_file_are_those_in_memory(tmp_path):
     from lib.activations import Activations
 
     batches = [torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.randn(1, 5, 3)]
-    kept = [
-        Activations(torch.device("cpu"), 5, 2, store) for store in (None, Store(tmp_path, 10**9), Store(tmp_path, 0))
-    ]
+    kept = [Activations(torch.device("cpu"), 3, store) for store in (None, Store(tmp_path, 10**9), Store(tmp_path, 0))]
     for batch in batches:
         for activations in kept:
             activations.put(len(activations), batch)

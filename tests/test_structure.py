@@ -8,8 +8,9 @@ import pytest
 from shared import ROOT
 
 from lib.allocation import ALLOCATIONS
-from lib.config import RunConfig, flag_of, prune_methods
+from lib.config import RunConfig, prune_methods
 from lib.finetune.config import FinetuneConfig
+from lib.flags import flag_of
 from lib.metrics import METRICS
 from lib.pruners import PRUNERS
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from ..config import TOKENS_AT_ONCE, Flags, flag
+from ..config import TOKENS_AT_ONCE
 from ..data import ADD_BOS, find_corpus
 from ..errors import RunError
+from ..flags import Flags, flag
 from ..load import choose_device, locate
 from ..precision import fast_type
 

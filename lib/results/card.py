@@ -10,10 +10,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..config import Flags, RunConfig, flag_of
+from ..config import RunConfig
 from ..finetune.config import FinetuneConfig
+from ..flags import Flags, flag_of
 from ..known_models import KNOWN_MODELS
 
+WHEN = ("dense", "pruned")
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
 
 
@@ -51,7 +53,7 @@ tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
 ## Perplexity
 
 {_perplexity(record["perplexity"])}
-
+{_accuracies(record.get("zero_shot"))}
 ## How it was made
 
     {_command(config, folder)}
@@ -165,6 +167,22 @@ def _perplexity(measured: dict | None) -> str:
         f"On `{name}`, {measured['windows']} windows of {measured['seqlen']} tokens (lower is better):\n\n"
         f"| dense | pruned |\n|---|---|\n| {dense} | {measured['pruned']:.4f} |"
     )
+
+
+def _accuracies(zero_shot: dict | None) -> str:
+    if not zero_shot:
+        return ""
+
+    def row(name: str, found: dict) -> str:
+        return f"| {name} | {' | '.join('' if found[when] is None else f'{found[when]:.4f}' for when in WHEN)} |"
+
+    metric, rows = zero_shot["mean"]["metric"], []
+    for name in zero_shot["mean"]["tasks"]:
+        task = zero_shot["tasks"][name]
+        rows.append(row(name, {when: task[when] and task[when].get(metric) for when in WHEN}))
+    limited = f", the first {zero_shot['limit']} documents of each" if zero_shot["limit"] else ""
+    head = f"\n## Zero-shot accuracy\n\n`{metric}` of {zero_shot['harness']}{limited}:\n\n| task | dense | pruned |\n"
+    return "\n".join([f"{head}|---|---|---|", *rows, row("mean", zero_shot["mean"]), ""])
 
 
 def _command(config: Flags, folder: str) -> str:

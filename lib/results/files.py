@@ -78,10 +78,19 @@ def remove(folder: Path) -> None:
 
 
 def append_line(path: Path, line: str, header: str) -> None:
-    """Add a line at the end of a table, and the header before it where the table is new; on the first rank."""
+    """Add a line at the end of a table, and the header before it where the table is new; on the first rank.
+
+    A table from before its last columns gets them, empty in the rows that it has.
+    """
     if not ranks.first():
         return
     try:
+        if path.is_file():
+            first, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [header]
+            more = header.rstrip("\n").removeprefix(first.rstrip("\n"))
+            if more and header.startswith(first.rstrip("\n") + "\t"):
+                empty = "\t" * more.count("\t")
+                write_text(path, header + "".join(row.rstrip("\n") + empty + "\n" for row in rows))
         with path.open("a", encoding="utf-8") as file:
             file.write(line if file.tell() else header + line)
     except OSError as error:

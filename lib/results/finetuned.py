@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .. import ranks
-from ..config import Flags
 from ..errors import RunError
+from ..flags import Flags
 from .card import finetuned_card
 from .checkpoint import MARK, without_layers
 from .files import check_folder, remove, write_text

@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .. import ranks
-from ..config import Flags, RunConfig
+from ..config import RunConfig
 from ..errors import RunError
+from ..flags import Flags
 from ..shards import ShardedModel
 from ..storage import as_saved
 from .checkpoint import MARK, complete, write_model

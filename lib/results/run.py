@@ -27,7 +27,7 @@ from .files import append_line, check_folder, write_text
 
 COLUMNS = (
     "run", "model", "method", "sparsity_type", "target", "achieved", "metric", "epsilon", "mapping_type", "seed",
-    "dataset", "seqlen", "windows", "perplexity_dense", "perplexity", "seconds",
+    "dataset", "seqlen", "windows", "perplexity_dense", "perplexity", "seconds", "accuracy_dense", "accuracy",
 )  # fmt: skip
 
 
@@ -91,11 +91,12 @@ def build_record(
     seconds: dict[str, float],
     events: list[dict],
     searches: Sequence[dict] = (),
+    zero_shot: dict | None = None,
 ) -> dict:
     """The contents of run.json.
 
     `layers` is that of `layer_records`; of an analysis it holds {name, block, shape, scores}. `searches` are what
-    was tried on windows held out, in order.
+    was tried on windows held out, in order; `zero_shot` is that of lib/zero_shot.py.
     """
     return {
         "run": config.run_name,
@@ -104,6 +105,7 @@ def build_record(
         "sparsity": None if config.analyze_only else _sparsity(config, layers),
         "searches": list(searches),
         "perplexity": perplexity,
+        "zero_shot": zero_shot,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory(),
         "events": events,
@@ -208,11 +210,13 @@ def _layers_table(layers: list[dict]) -> str:
 def append_result(config: RunConfig, record: dict) -> None:
     """One line for the run at the end of results.tsv."""
     perplexity = record["perplexity"] or {}
+    accuracy = record["zero_shot"]["mean"] if record["zero_shot"] else {}
     allocated = [*config.ww_metric, config.epsilon, config.mapping_type]
     values = (
         record["run"], config.model, config.prune_method, config.sparsity_type, config.sparsity,
         f"{record['sparsity']['achieved']:.6f}", *(allocated if config.scored else ["", "", ""]), config.seed,
         *map(perplexity.get, ("dataset", "seqlen", "windows", "dense", "pruned")), f"{record['seconds']['total']:.1f}",
+        *map(accuracy.get, ("dense", "pruned")),
     )  # fmt: skip
     line = "\t".join("" if value is None else str(value) for value in values) + "\n"
     append_line(Path(config.save) / "results.tsv", line, "\t".join(COLUMNS) + "\n")
@@ -249,6 +253,8 @@ def _pruning_lines(record: dict) -> list[str]:
         name = f"perplexity, {Path(perplexity['dataset']).name}"
         lines.append(f"{name[:28]:28}{dense:>10}{perplexity['pruned']:>10.3f}")
         lines.append(f"{'  (lower is better)':28}")
+    if record["zero_shot"]:
+        lines += _accuracy_lines(record["zero_shot"])
     if (bos := model.get("bos")) and bos["helps"]:
         lines += [
             "",
@@ -256,6 +262,28 @@ def _pruning_lines(record: dict) -> list[str]:
             f"{bos['loss_without_bos']:.3f}, with BOS {bos['loss_with_bos']:.3f}. Give --add_bos every.",
         ]
     return lines
+
+
+def _accuracy_lines(zero_shot: dict) -> list[str]:
+    """A row for each task: its accuracy, or where it has none its first metric, with the standard error."""
+    limited = f", first {zero_shot['limit']} documents" if zero_shot["limit"] else ""
+    lines = ["", f"zero-shot accuracy ({zero_shot['harness']}, {zero_shot['shots']} shots{limited})"]
+
+    def row(name: str, dense: float | None, pruned: float, error: float | None = None) -> str:
+        first = "-" if dense is None else f"{dense:.4f}"
+        return f"  {name[:26]:26}{first:>10}{pruned:>10.4f}" + (f" ± {error:.4f}" if error else "")
+
+    for name, task in zero_shot["tasks"].items():
+        metric = next(iter(task["pruned"]))
+        dense = task["dense"] and task["dense"][metric]
+        label = name if metric == zero_shot["mean"]["metric"] else f"{name}, {metric}"
+        error = task["pruned"].get("_stderr,".join(metric.split(",")) if "," in metric else f"{metric}_stderr")
+        lines.append(row(label, dense, task["pruned"][metric], error))
+    mean, count = zero_shot["mean"], len(zero_shot["mean"]["tasks"])
+    if count:
+        lines.append(row(f"mean of {count}", mean["dense"], mean["pruned"]))
+        lines.append(f"  (the mean of {mean['metric']}, as in the paper, and not of acc_norm)")
+    return lines + [f"  {name}: left out, {why}" for name, why in zero_shot["missing"].items()]
 
 
 def _analysis_lines(record: dict) -> list[str]:

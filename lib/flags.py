@@ -1,0 +1,88 @@
+"""What the flags of any command share: a frozen dataclass with a field for each, checked when it is made."""
+
+import hashlib
+import json
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import ClassVar
+
+from .errors import RunError
+from .registry import unknown_name
+
+
+def flag(default, text: str, **metadata):
+    """A field that is a flag: its default, its help, and its choices and further spellings."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def flag_of(item) -> str:
+    """The spelling of a field's flag that messages use: the published one."""
+    return item.metadata.get("flags", (f"--{item.name}",))[0]
+
+
+class Flags:
+    """What the configurations of all commands share; each is a frozen dataclass with a field for every flag.
+
+    command  the script that is run
+    purpose  the first line of its help
+    apart    fields that do not decide the result
+    in_parts whether the model is read in parts
+    """
+
+    command: ClassVar[str]
+    purpose: ClassVar[str]
+    apart: ClassVar[tuple[str, ...]]
+    in_parts = False
+
+    @classmethod
+    def recorded(cls, values: dict):
+        """The configuration of a run that was recorded, which is not checked again."""
+        config = object.__new__(cls)
+        for item in fields(cls):
+            value = values.get(item.name, item.default)
+            object.__setattr__(config, item.name, tuple(value) if isinstance(value, list) else value)
+        return config
+
+    def check_given(self, *required: str) -> None:
+        """Raises RunError for a flag that is required and missing, empty, or none of its choices."""
+        for name in required:
+            if not getattr(self, name):
+                raise RunError(f"--{name}: is missing")
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if value in ("", ("",)) and item.default != "":  # of a shell's variable that is not set
+                raise RunError(f"{flag_of(item)}: is empty")
+            for one in value if isinstance(value, tuple) else [value]:
+                if choices and one != item.default and one not in choices():
+                    raise unknown_name(flag_of(item), one, choices())
+
+    def check_least(self, **least: int) -> None:
+        """Raises RunError for a number, where there is one, below the least that it may be."""
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise RunError(f"--{name} {value}: must be at least {bound}")
+
+    def window(self, limit: int | None) -> int:
+        """Tokens a window for a model made for at most `limit`."""
+        if self.seqlen is None:
+            return min(2048, limit or 2048)
+        if limit and self.seqlen > limit:
+            raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
+        return self.seqlen
+
+    def unread(self) -> set[str]:
+        """Fields that this run does not read."""
+        return set()
+
+    def deciding(self) -> dict:
+        """The flags that decide a run's result."""
+        deciding = {name: value for name, value in asdict(self).items() if name not in self.apart}
+        if Path(self.model).exists():
+            deciding["model"] = str(Path(self.model).resolve())
+        return deciding
+
+    @property
+    def digest(self) -> str:
+        """Of the flags that decide the result: the end of the run's name."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
