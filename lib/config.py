@@ -15,6 +15,7 @@ from .load import choose_device, locate
 from .masks import Pattern
 from .metrics import METRICS
 from .pruners import PRUNERS
+from .zero_shot import PAPER
 
 RECOVERIES = ("none", "block")
 AUTO = "auto"  # chosen on held-out calibration windows
