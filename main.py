@@ -126,7 +126,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         }  # fmt: skip
         results.write_run(config, record(measured))
     if tasks:
-        accuracy = zero_shot.record(tasks, dense_accuracies, accuracies("pruned"))
+        accuracy = zero_shot.record(tasks, dense=dense_accuracies, pruned=accuracies("pruned"))
     final = record(measured, accuracy)
     results.write_run(config, final)
     results.append_result(config, final)

@@ -120,10 +120,7 @@ class RunConfig(Flags):
     quiet: bool = flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        for name in ("ww_metric", "tasks"):
-            given = getattr(self, name)
-            given = (given,) if isinstance(given, str) else given
-            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+        self.make_tuples("ww_metric", "tasks")
         self.check_given("model", *([] if self.analyze_only else ["prune_method"]))
         self._check_numbers()
         self._check_combinations()

@@ -43,6 +43,13 @@ class Flags:
             object.__setattr__(config, item.name, tuple(value) if isinstance(value, list) else value)
         return config
 
+    def make_tuples(self, *names: str) -> None:
+        """Make tuples, each member once, of flags that take one or more words."""
+        for name in names:
+            given = getattr(self, name)
+            given = (given,) if isinstance(given, str) else given
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+
     def check_given(self, *required: str) -> None:
         """Raises RunError for a flag that is required and missing, empty, or none of its choices."""
         for name in required:

@@ -9,6 +9,7 @@ from . import ranks, zero_shot
 from .analysis import note
 from .config import RunConfig
 from .data import calibration_windows, evaluation_windows, every_begins_with
+from .flags import Flags
 from .trials import on_trial
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,8 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
 
     Tasks that cannot be had, where others can, are noted in `events`.
     """
-    calibration = held_out = evaluation = tasks = None
-    if config.eval_zero_shot:
-        bos = every_begins_with(tokenizer) if config.add_bos == "every" else None
-        tasks = zero_shot.load(
-            config.tasks, limit=config.task_limit, bos=bos, cache_dir=config.cache_dir, streamed=config.stream
-        )
-        for name, why in tasks.missing.items():
-            note(events, f"--tasks {name}: left out, {why}")
+    calibration = held_out = evaluation = None
+    tasks = read_tasks(config, tokenizer, events, config.stream)
     if config.calibrated:
         windows = calibration_windows(
             config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
@@ -56,3 +51,16 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
         )  # fmt: skip
         ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
     return Inputs(calibration, held_out, evaluation, tasks)
+
+
+def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = False) -> zero_shot.Tasks | None:
+    """The zero-shot tasks of a run of any command, if it is asked for them."""
+    if not config.eval_zero_shot:
+        return None
+    bos = every_begins_with(tokenizer) if config.add_bos == "every" else None
+    tasks = zero_shot.load(
+        config.tasks, limit=config.task_limit, bos=bos, cache_dir=config.cache_dir, streamed=streamed
+    )  # fmt: skip
+    for name, why in tasks.missing.items():
+        note(events, f"--tasks {name}: left out, {why}")
+    return tasks

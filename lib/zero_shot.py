@@ -139,30 +139,34 @@ def evaluate(
     }
 
 
-def record(tasks: Tasks, dense: dict | None, pruned: dict) -> dict:
-    """The `zero_shot` of run.json, from what `evaluate` found before pruning, if it was asked, and after."""
+def record(tasks: Tasks, **found: dict | None) -> dict:
+    """The `zero_shot` of run.json, from what `evaluate` found at two stages, the first of them perhaps not asked for:
+    dense and pruned, or before and after.
+    """
+    last = found[list(found)[-1]]
 
     def both(what: Callable[[dict], dict | float | None]) -> dict:
-        return {when: found and what(found) for when, found in (("dense", dense), ("pruned", pruned))}
+        return {stage: one and what(one) for stage, one in found.items()}
 
     entries = {}
     for name, task in tasks.loaded["tasks"].items():
-        count = pruned["documents"][name]
+        count = last["documents"][name]
         entries[name] = {
             "version": task.VERSION, "documents": count["effective"], "of": count["original"],
             **both(lambda found, name=name: found["tasks"][name]),
         }  # fmt: skip
-    groups = {name: both(lambda found, name=name: found["groups"][name]) for name in pruned["groups"]}
-    counted = [name for name in entries if accuracy(pruned["tasks"][name]) is not None]
+    groups = {name: both(lambda found, name=name: found["groups"][name]) for name in last["groups"]}
+    counted = [name for name in entries if accuracy(last["tasks"][name]) is not None]
     return {
         "harness": f"lm_eval {importlib.metadata.version('lm_eval')}",
         "shots": 0,
+        "stages": list(found),
         "limit": tasks.limit,
         "tasks": entries,
         "groups": groups,
         "mean": {"metric": METRIC, "tasks": counted, **both(mean)},
         "missing": tasks.missing,
-        "cut": pruned["cut"],
+        "cut": last["cut"],
     }
 
 

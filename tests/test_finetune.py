@@ -16,14 +16,14 @@ from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 from torch.nn import functional as F
 
 import main
-from lib import LanguageModel, RunError, cli, results
+from lib import LanguageModel, RunError, cli, results, zero_shot
 from lib.data import evaluation_windows, training_windows
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.run import run
 from lib.finetune.student import MaskedLora, Survivors
 from lib.finetune.teacher import Teacher
 from lib.finetune.zeros import Zeros
-from lib.load import find_source, open_model
+from lib.load import find_source, load_model, load_tokenizer, open_model
 
 
 def pruned(architecture: str, share: float = 0.6) -> LanguageModel:
@@ -292,6 +292,34 @@ def test_the_perplexity_is_that_of_what_was_saved(places, tmp_path):
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.double()
     assert record["perplexity"]["after"] == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: [w1, w2]
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_accuracies_before_and_after_are_those_of_the_two_checkpoints(places, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"question": f"w{3 + i} w{5 * i % 7}", "answer": i % 2}) + "\n" for i in range(12))
+    )
+    (tmp_path / "mine.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    record = tune(places, tmp_path, more=f"--eval_zero_shot --tasks {tmp_path / 'mine.yaml'}")
+    found, model = record["zero_shot"], find_source(str(places / "llama_pruned"))
+    tokenizer = load_tokenizer(model)
+    for stage, folder in (("before", model), ("after", find_source(str(tmp_path / "tuned")))):
+        tasks = zero_shot.load([str(tmp_path / "mine.yaml")], cache_dir=str(tmp_path / "cache"))
+        of_folder = zero_shot.evaluate(load_model(folder, "cpu", "float32", tokenizer), tasks, lambda _: 4)
+        assert found["tasks"]["mine"][stage] == of_folder["tasks"]["mine"]
+    assert "mean of 1" in results.finetuned_summary(record)
+    assert "| mine |" in ModelCard.load(tmp_path / "tuned" / "README.md").text
 
 
 def test_the_card_has_both_steps(places, tmp_path):

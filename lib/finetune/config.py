@@ -11,6 +11,7 @@ from ..errors import RunError
 from ..flags import Flags, flag
 from ..load import choose_device, locate
 from ..precision import fast_type
+from ..zero_shot import PAPER
 
 METHODS = ("lora", "full")
 PASSES = ("auto", "float32", "bfloat16")
@@ -70,6 +71,11 @@ class FinetuneConfig(Flags):
     add_bos: str = flag(
         "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
     )
+    eval_zero_shot: bool = flag(False, "report accuracy on --tasks, before and after")
+    tasks: tuple[str, ...] = flag(
+        PAPER, "zero-shot tasks: names or groups of lm_eval, or .yaml files and folders of your own"
+    )
+    task_limit: int | None = flag(None, "evaluate the first documents of each task only (default: all)")
     device: str = flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
     dtype: str = flag(
         "auto", "of the passes; auto: bfloat16 where the processor multiplies in it", choices=lambda: list(PASSES)
@@ -88,12 +94,11 @@ class FinetuneConfig(Flags):
     quiet: bool = flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        given = (self.lora_targets,) if isinstance(self.lora_targets, str) else self.lora_targets
-        object.__setattr__(self, "lora_targets", tuple(dict.fromkeys(given)))
+        self.make_tuples("lora_targets", "tasks")
         self.check_given("model", "data", "save_model")
         self.check_least(
             rank=1, nsamples=1, validation_windows=0, seqlen=2, batch_size=1, gradient_accumulation=1, seed=0,
-            eval_windows=1, save_steps=1, weight_decay=0, activation_memory=0,
+            eval_windows=1, task_limit=1, save_steps=1, weight_decay=0, activation_memory=0,
         )  # fmt: skip
         for name in ("alpha", "learning_rate", "epochs"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
@@ -115,6 +120,8 @@ class FinetuneConfig(Flags):
             for name in ("rank", "alpha", "lora_targets", "keep_adapter"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise RunError(f"--{name}: is of --method lora, and this is --method {self.method}")
+        if self.eval_zero_shot and not self.tasks:
+            raise RunError("--tasks: is missing; name at least one")
         if self.keep_adapter and self.save_dtype != "auto":
             raise RunError("--save_dtype: is of a checkpoint, and --keep_adapter saves none")
 
@@ -147,7 +154,7 @@ class FinetuneConfig(Flags):
         return "bfloat16" if narrow and fits else "float32"
 
     def evaluation_batch(self, seqlen: int) -> int:
-        """Windows a pass that takes no gradients."""
+        """Windows, or requests, of so many tokens a pass that takes no gradients."""
         kind = torch.device(choose_device(self.device)).type
         return max(self.batch_size, TOKENS_AT_ONCE[kind] // seqlen)
 

@@ -6,12 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from .. import ranks, results
+from .. import ranks, results, zero_shot
 from ..activations import Store
 from ..analysis import describe, note
 from ..data import evaluation_windows, training_windows
 from ..errors import RunError
 from ..evaluate import perplexity, sparsity_by_matrix
+from ..inputs import read_tasks
 from ..load import Source, find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from ..masks import Pattern
 from ..model import LanguageModel
@@ -40,6 +41,7 @@ def run(config: FinetuneConfig) -> dict:
         tokenizer = load_tokenizer(source)
         wise = _find_teacher(config, tokenizer)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
+        tasks = read_tasks(config, tokenizer, events)
         from .train import check_optimiser, train  # the Trainer takes seconds to import
 
         check_optimiser(config)
@@ -49,7 +51,7 @@ def run(config: FinetuneConfig) -> dict:
         zeros = _zeros(model, events)
     batch = config.evaluation_batch(seqlen)
 
-    def measure(what: str) -> dict[str, float | None]:
+    def measure(what: str) -> dict:
         """What is known of the model as it is now; of what was not asked for, None."""
 
         def of(name: str, tokens: Tensor | None) -> float | None:
@@ -57,7 +59,10 @@ def run(config: FinetuneConfig) -> dict:
 
         with clock("evaluate"):
             held_out, found = of("text held out", validation), of("perplexity", evaluation)
-        return {"loss": held_out and math.log(held_out), "perplexity": found}
+        with clock("zero-shot"):
+            rest = {"what": f"zero-shot, {what}"}
+            accuracies = tasks and zero_shot.evaluate(model, tasks, config.evaluation_batch, **rest)
+        return {"loss": held_out and math.log(held_out), "perplexity": found, "accuracies": accuracies}
 
     state = results.TrainingState(config, described["digest"])
     before = state.recall("before", lambda: measure("before"))
@@ -99,6 +104,7 @@ def run(config: FinetuneConfig) -> dict:
             "digest": {"before": zeros.digest, "after": left.digest},
         },
         training=training,
+        zero_shot=tasks and zero_shot.record(tasks, before=before["accuracies"], after=after["accuracies"]),
         loss=_pair(before, after, "loss", {"windows": config.validation_windows}),
         perplexity=_pair(before, after, "perplexity", {
             "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen,
@@ -196,4 +202,7 @@ def _pair(before: dict, after: dict, key: str, about: dict) -> dict | None:
 
 
 def _said(measured: dict) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in measured.items() if value is not None) or "not measured"
+    found = {"loss": measured["loss"], "perplexity": measured["perplexity"]}
+    if measured["accuracies"]:
+        found["mean accuracy"] = zero_shot.mean(measured["accuracies"])
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None) or "not measured"

@@ -26,7 +26,7 @@ class Teacher:
 
     def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store, vocabulary: int):
         self._model = model
-        self._states = Activations(model.device, len(windows), 1, store)
+        self._states = Activations(model.device, len(windows), store)
         own = self._states if ranks.size() == 1 else self._states.empty()
         for _, hidden in last_hidden_states(model, ranks.mine(windows), batch_size, store):
             for state in hidden.split(1):

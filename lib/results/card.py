@@ -15,7 +15,6 @@ from ..finetune.config import FinetuneConfig
 from ..flags import Flags, flag_of
 from ..known_models import KNOWN_MODELS
 
-WHEN = ("dense", "pruned")
 DATASETS = {"c4": "allenai/c4", "wikitext2": "Salesforce/wikitext", "ptb": "ptb-text-only/ptb_text_only"}  # on the hub
 
 
@@ -117,7 +116,7 @@ by AlphaPruning; what is left was fine-tuned on {training["windows"]} windows of
 | | before | after |
 |---|---|---|
 {table}{on or ""}
-
+{_accuracies(record["zero_shot"])}
 ## How it was made
 
 {chr(10).join(f"    {step}" for step in steps)}
@@ -174,15 +173,16 @@ def _accuracies(zero_shot: dict | None) -> str:
         return ""
 
     def row(name: str, found: dict) -> str:
-        return f"| {name} | {' | '.join('' if found[when] is None else f'{found[when]:.4f}' for when in WHEN)} |"
+        return f"| {name} | {' | '.join('' if found[when] is None else f'{found[when]:.4f}' for when in stages)} |"
 
-    metric, rows = zero_shot["mean"]["metric"], []
+    metric, stages, rows = zero_shot["mean"]["metric"], zero_shot["stages"], []
     for name in zero_shot["mean"]["tasks"]:
         task = zero_shot["tasks"][name]
-        rows.append(row(name, {when: task[when] and task[when].get(metric) for when in WHEN}))
+        rows.append(row(name, {when: task[when] and task[when].get(metric) for when in stages}))
     limited = f", the first {zero_shot['limit']} documents of each" if zero_shot["limit"] else ""
-    head = f"\n## Zero-shot accuracy\n\n`{metric}` of {zero_shot['harness']}{limited}:\n\n| task | dense | pruned |\n"
-    return "\n".join([f"{head}|---|---|---|", *rows, row("mean", zero_shot["mean"]), ""])
+    table = [f"| task | {' | '.join(stages)} |", "|---|---|---|", *rows, row("mean", zero_shot["mean"])]
+    head = f"\n## Zero-shot accuracy\n\n`{metric}` of {zero_shot['harness']}{limited}:\n"
+    return "\n".join([head, *table, ""])
 
 
 def _command(config: Flags, folder: str) -> str:

@@ -15,7 +15,7 @@ from .card import finetuned_card
 from .checkpoint import MARK, without_layers
 from .files import check_folder, remove, write_text
 from .journal import Unfinished
-from .run import check_checkpoint_folder, environment, peak_memory, run_folder
+from .run import accuracy_lines, check_checkpoint_folder, environment, peak_memory, run_folder
 from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,9 @@ def pruning_record(folder: str | Path) -> dict | None:
 
 
 def finetuned_record(config: Flags, model: dict, layers: list[dict], seconds: dict, events: list[dict], **rest) -> dict:
-    """The contents of run.json of a fine-tuning; `rest` are its parts pruning, sparsity, training, loss, perplexity."""
+    """The contents of run.json of a fine-tuning; `rest` are its parts pruning, sparsity, training, loss, perplexity and
+    zero_shot.
+    """
     return {
         "run": config.run_name,
         "config": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()},
@@ -147,6 +149,8 @@ def finetuned_summary(record: dict) -> str:
         name = f"perplexity, {Path(perplexity['dataset']).name}"
         lines.append(f"{name[:34]:34}{perplexity['before']:>10.3f}{perplexity['after']:>10.3f}")
     lines.append(f"{'  (lower is better)':34}")
+    if record["zero_shot"]:
+        lines += accuracy_lines(record["zero_shot"])
     lines += ["", f"Results: {Path(config['save']) / record['run']}/ (run.json)"]
     lines.append(f"{'Adapter' if config['keep_adapter'] else 'Fine-tuned model'}: {config['save_model']}/")
     return "\n".join(lines)

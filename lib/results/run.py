@@ -254,7 +254,7 @@ def _pruning_lines(record: dict) -> list[str]:
         lines.append(f"{name[:28]:28}{dense:>10}{perplexity['pruned']:>10.3f}")
         lines.append(f"{'  (lower is better)':28}")
     if record["zero_shot"]:
-        lines += _accuracy_lines(record["zero_shot"])
+        lines += accuracy_lines(record["zero_shot"])
     if (bos := model.get("bos")) and bos["helps"]:
         lines += [
             "",
@@ -264,24 +264,27 @@ def _pruning_lines(record: dict) -> list[str]:
     return lines
 
 
-def _accuracy_lines(zero_shot: dict) -> list[str]:
-    """A row for each task: its accuracy, or where it has none its first metric, with the standard error."""
+def accuracy_lines(zero_shot: dict) -> list[str]:
+    """A row for each task: its accuracy, or where it has none its first metric, with the standard error, at the two
+    stages that it was taken.
+    """
+    first, last = zero_shot["stages"]
     limited = f", first {zero_shot['limit']} documents" if zero_shot["limit"] else ""
     lines = ["", f"zero-shot accuracy ({zero_shot['harness']}, {zero_shot['shots']} shots{limited})"]
 
-    def row(name: str, dense: float | None, pruned: float, error: float | None = None) -> str:
-        first = "-" if dense is None else f"{dense:.4f}"
-        return f"  {name[:26]:26}{first:>10}{pruned:>10.4f}" + (f" ± {error:.4f}" if error else "")
+    def row(name: str, was: float | None, now: float, error: float | None = None) -> str:
+        was = "-" if was is None else f"{was:.4f}"
+        return f"  {name[:26]:26}{was:>10}{now:>10.4f}" + (f" ± {error:.4f}" if error else "")
 
     for name, task in zero_shot["tasks"].items():
-        metric = next(iter(task["pruned"]))
-        dense = task["dense"] and task["dense"][metric]
+        metric = next(iter(task[last]))
+        was = task[first] and task[first][metric]
         label = name if metric == zero_shot["mean"]["metric"] else f"{name}, {metric}"
-        error = task["pruned"].get("_stderr,".join(metric.split(",")) if "," in metric else f"{metric}_stderr")
-        lines.append(row(label, dense, task["pruned"][metric], error))
+        error = task[last].get("_stderr,".join(metric.split(",")) if "," in metric else f"{metric}_stderr")
+        lines.append(row(label, was, task[last][metric], error))
     mean, count = zero_shot["mean"], len(zero_shot["mean"]["tasks"])
     if count:
-        lines.append(row(f"mean of {count}", mean["dense"], mean["pruned"]))
+        lines.append(row(f"mean of {count}", mean[first], mean[last]))
         lines.append(f"  (the mean of {mean['metric']}, as in the paper, and not of acc_norm)")
     return lines + [f"  {name}: left out, {why}" for name, why in zero_shot["missing"].items()]
 
