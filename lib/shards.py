@@ -19,6 +19,7 @@ from transformers.utils import logging
 from . import quantized
 from .checkpoints import PLAIN, headers, opened
 from .errors import RunError
+from .memory import is_finite
 from .model import LanguageModel, Matrix
 
 ROWS_AT_ONCE = 4096  # of two embeddings that are compared
@@ -171,7 +172,7 @@ class Shards:
                     f"--model {self.name}: its weights do not fit its configuration: {name} is missing or of "
                     "another shape"
                 )
-            if value.is_floating_point() and not value.isfinite().all():
+            if value.is_floating_point() and not is_finite(value):
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
             value.requires_grad_(False)
 
