@@ -65,16 +65,13 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
 
     scores (rows, columns); counts one number, or (rows,) of them. Returns bool (rows, columns).
     """
-    if scores.is_cuda:
-        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/GPU.md).
-        order = scores.sort(dim=1, stable=True).indices
-        taken = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        taken = taken < (counts if isinstance(counts, int) else counts[:, None])
-        return torch.empty_like(taken).scatter_(1, order, taken)
     if isinstance(counts, int):
         if len(scores) == 0 or counts == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
-        return _up_to(scores.kthvalue(counts, dim=1).values[:, None], scores, counts)
+        if not scores.is_cuda:
+            return _up_to(scores.kthvalue(counts, dim=1).values[:, None], scores, counts)
+        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/GPU.md).
+        return _up_to(scores.sort(dim=1).values[:, counts - 1, None], scores, counts)
     ordered = scores.sort(dim=1).values
     limit = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # (rows, 1)
     return _up_to(torch.where(counts[:, None] > 0, limit, -torch.inf), scores, counts)
@@ -83,12 +80,12 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
 def _up_to(limit: Tensor, scores: Tensor, counts: int | Tensor) -> Tensor:
     """Mask of `counts` scores of each row that are at most the row's limit (rows, 1), the counts-th lowest."""
     mask = scores <= limit
-    if bool((mask.sum(1) == counts).all()):
+    if not scores.is_cuda and bool((mask.sum(1) == counts).all()):  # what is left costs a GPU less than the wait
         return mask
     ties = scores == limit
     mask &= ~ties
     missing = (counts - mask.sum(1))[:, None]  # (rows, 1)
-    return mask | (ties & (ties.cumsum(1) <= missing))
+    return mask | (ties & (ties.cumsum(1, dtype=torch.int32) <= missing))
 
 
 def _first(scores: Tensor, gone: Tensor | None) -> Tensor:

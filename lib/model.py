@@ -21,7 +21,7 @@ from .digest import digest
 from .errors import RunError
 from .experts import Mixtures, is_dense_by_nature, is_linear, wide
 from .masks import Pattern
-from .memory import on_host
+from .memory import is_finite, on_host
 
 FEW = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
@@ -245,7 +245,7 @@ class LanguageModel:
                     f"--sparsity_type: {matrix.name} has {matrix.shape[1]} inputs, not a multiple of {pattern.group}"
                 )
         for name, parameter in self.model.named_parameters():
-            if not parameter.is_meta and not parameter.isfinite().all():
+            if not parameter.is_meta and not is_finite(parameter):
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
         given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
         few = given[:1, :FEW]

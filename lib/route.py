@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from .blocks import replaced_forward
+from .calls import Call
 from .collector import StopForward
 from .errors import RunError
 from .model import LanguageModel
 
 Leaf = tuple[int, int]
-Call = tuple[tuple, dict]
 SLOT = "the hidden state"  # stands where it goes in a call
 
 

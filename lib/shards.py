@@ -20,6 +20,7 @@ from . import quantized
 from .activations import Store
 from .checkpoints import PLAIN, headers, opened
 from .errors import RunError
+from .memory import is_finite, return_freed_memory
 from .model import LanguageModel, Matrix
 
 ROWS_AT_ONCE = 4096  # of two embeddings that are compared
@@ -172,7 +173,7 @@ class Shards:
                     f"--model {self.name}: its weights do not fit its configuration: {name} is missing or of "
                     "another shape"
                 )
-            if value.is_floating_point() and not value.isfinite().all():
+            if value.is_floating_point() and not is_finite(value):
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
             value.requires_grad_(False)
 
@@ -252,7 +253,9 @@ class ShardedModel(LanguageModel):
         self._shards.check(whole=True)
         tied, held = self.model.all_tied_weights_keys or {}, self._shards.holds
         follow = {target if held(source) else source for target, source in tied.items()}  # get their value by the tie
-        self._shards.read([name for name in self._rest if name not in follow], self._device)
+        for name in self._rest:  # one by one, since what is read of a file counts as memory until it is closed
+            if name not in follow:
+                self._shards.read([name], self._device)
         self.model.tie_weights(missing_keys=set(follow), recompute_mapping=False)
         for module in self.model.modules():  # of buffers that no checkpoint holds, such as rotary frequencies
             for key, buffer in module._buffers.items():
@@ -299,6 +302,7 @@ class ShardedModel(LanguageModel):
             for name in names:  # one still, though without values
                 for alias in self._names(name)[1:]:
                     _set(self.model, alias, _get(self.model, self._names(name)[0]))
+            return_freed_memory()
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):

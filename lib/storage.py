@@ -1,11 +1,15 @@
 """The dtypes in which a model is saved, and its weights with the values that they have there."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import RunError
+
+AT_ONCE = 2**22  # elements of a tensor that are copied at a time: embeddings may be the largest there is
 
 
 def settle(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> Iterator[str]:
@@ -18,14 +22,38 @@ def settle(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> 
         dtype = saved_as.get(name, tensor.dtype)
         if not tensor.is_floating_point() or torch.promote_types(dtype, tensor.dtype) == dtype:
             continue
-        rounded, label = tensor.to(dtype), str(dtype).removeprefix("torch.")
-        if beyond := int((tensor.isfinite() & ~rounded.isfinite()).sum()):
+        label, beyond, lost = str(dtype).removeprefix("torch."), 0, 0
+        rows = tensor if tensor.dim() else tensor[None]
+        for part in rows.split(max(1, AT_ONCE * len(rows) // max(1, tensor.numel()))):
+            rounded = part.to(dtype)
+            beyond += (part.isfinite() & ~rounded.isfinite()).sum()
+            lost += ((rounded == 0) & (part != 0)).sum()
+            part.copy_(rounded)
+        beyond, lost = int(beyond), int(lost)
+        if beyond:
             raise RunError(
                 f"--save_dtype: {beyond} values of {name} are beyond {label}; save with --save_dtype float32"
             )
-        if lost := int(((rounded == 0) & (tensor != 0)).sum()):
+        if lost:
             yield f"{lost} values of {name} are too small for {label}, in which it is saved, and became zero"
-        tensor.copy_(rounded)
+
+
+@contextmanager
+def held_as_saved(model: nn.Module, saved_as: Mapping[str, torch.dtype]):
+    """While all that has values in a model, settled, lies in the smaller types that it is saved in, so that what is
+    written is no second copy of it.
+    """
+    wide = []
+    try:
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            saved = saved_as.get(name, tensor.dtype)
+            if tensor.is_floating_point() and not tensor.is_meta and saved.itemsize < tensor.dtype.itemsize:
+                wide.append((tensor, tensor.dtype))
+                tensor.data = tensor.data.to(saved)
+        yield
+    finally:
+        for tensor, dtype in wide:
+            tensor.data = tensor.data.to(dtype)
 
 
 def as_saved(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -11,15 +11,16 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from . import ranks
 from .activations import Activations, Store
+from .calls import Call, same_tensors, same_values, share
 from .collector import Collector
 from .errors import RunError
 from .model import LanguageModel, Matrix
 from .progress import progress
-from .route import Call, Containers, Following, Leaf, Route, filled, split
+from .route import Containers, Following, Leaf, Route, filled, split
 from .stats import InputStats
 
 ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
@@ -78,20 +79,22 @@ class Stream:
             hidden, calls = split(calls[0])[0], [split(call)[1] for call in calls]
             self.hidden.put(len(self.hidden), hidden)
             if self.route.plain:
-                self._calls.append([self._kept(call, visit) for visit, call in enumerate(calls)])
+                self._calls.append(self._kept(calls))
 
     @staticmethod
     def _nothing(_leaf: Leaf) -> None:
         return None
 
-    def _kept(self, call: Call, visit: int) -> Call | None:
-        """The call, with every tensor that it shares with the first batch's; none where it would take memory that
-        activations do not have either: it is then made again when its turn comes.
+    def _kept(self, calls: list[Call]) -> list[Call | None]:
+        """A batch's calls, with every tensor that they share with the first batch's; none where one would take memory
+        that activations do not have either: it is then made again when its turn comes.
         """
         if not self._calls:
-            return call
-        shared = _share(call, self._calls[0][visit])
-        return shared if self._store is None or _same_tensors(shared, self._calls[0][visit]) else None
+            return calls
+        shared, first = share(calls, self._calls[0]), self._calls[0]
+        if self._store is None:
+            return shared
+        return [call if same_tensors(call, old) else None for call, old in zip(shared, first, strict=True)]
 
     @property
     def visits(self) -> list[int]:
@@ -291,10 +294,10 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
         raise refusal("its forward pass ends with its blocks in another order than they stand in")
     if route.plain:
         calls, found = route.calls(model, window, lambda leaf: following.output if leaf == route.end else None)
-        same = _same([split(call)[1] for call in calls], following.calls)
+        same = same_values([split(call)[1] for call in calls], following.calls)
     else:
         same, found = _go_along(model, window, route)
-    if not (same and _same(found, last)):
+    if not (same and same_values(found, last)):
         raise refusal("its blocks called one after the other do not give what the whole model gives")
     return route
 
@@ -307,7 +310,7 @@ def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool,
     def before(_module, args, kwargs):
         nonlocal same, visit
         visit += 1
-        same &= _same(stream.arguments(visit, 0), (args, kwargs))
+        same &= same_values(stream.arguments(visit, 0), (args, kwargs))
         containers.append(Containers((args, kwargs)))
 
     def after(_module, _args, output):
@@ -371,38 +374,3 @@ def _watched(modules: list[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor,
             hook = module.register_forward_hook(lambda m, args, output: calls.__setitem__(m, (args[0], output)))
             stack.callback(hook.remove)
         yield calls
-
-
-def _share(new, old):
-    """`new` with every tensor that equals its counterpart in `old` replaced by it: batches share their masks."""
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
-        same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
-        return old if same else new
-    if type(new) is not type(old):
-        return new
-    if isinstance(new, dict):
-        return {key: _share(value, old.get(key)) for key, value in new.items()}
-    if type(new) in (list, tuple) and len(new) == len(old):
-        return type(new)(_share(a, b) for a, b in zip(new, old, strict=True))
-    return new
-
-
-def _same(one, other) -> bool:
-    """Whether two calls' arguments are the same, tensor by tensor; of other objects only the kind is compared."""
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.shape != other.shape:
-            return False
-        return torch.allclose(one, other.to(one.device, one.dtype), rtol=0, atol=0, equal_nan=True)
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one == other if isinstance(one, (bool, int, float, str)) else True
-
-
-def _same_tensors(one, other) -> bool:
-    """Whether two calls are made of the very same tensors."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(a is b for a, b in pairs if isinstance(a, Tensor) or isinstance(b, Tensor))

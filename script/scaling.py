@@ -66,6 +66,8 @@ MACHINES = {
     "8 x 80 GB": Machine(8, 350e12, 2e12, 6e9, 200e9),
     "8 nodes of 8 x 80 GB": Machine(64, 350e12, 2e12, 20e9, 25e9),
 }
+# Bytes that a pruner takes at most on a GPU beside a matrix and its statistics: a weight, and w^2 of its input's width.
+PRUNING = {"magnitude": (16, 0), "wanda": (16, 0), "ria": (24, 0), "sparsegpt": (12, 12), "alps": (48, 12)}
 FIXED = 0.45e9  # bytes of Python, torch and transformers before a model is there
 
 

@@ -50,7 +50,7 @@ def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -
     target = dense @ gram
     z, v, rho = dense, torch.zeros_like(dense), RHO
     lowest, before, removed = LowestOfMatrix(), None, None
-    solve = _solver(gram, spectrum, rho, len(weight))
+    solve, info = _solver(gram, spectrum, rho, len(weight))
     for iteration in range(MOST):
         b = solve(torch.add(target, z, alpha=rho).sub_(v))
         z = torch.add(b, v, alpha=1 / rho)
@@ -59,30 +59,46 @@ def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -
         v.add_(b.sub_(z), alpha=rho)
         if iteration % EVERY == EVERY - 1:
             if before is not None:
-                changed = float((removed & ~before).sum()) / max(1, int((~removed).sum()))
+                changed, kept, failed = _counts(removed & ~before, ~removed, info)
+                if failed:
+                    raise torch.linalg.LinAlgError("the Cholesky decomposition of its input's Gram matrix fails")
+                changed /= max(1, kept)
                 if changed <= STABLE:
                     break
                 rho *= next(growth for share, growth in GROWTH if changed > share)
-                solve = _solver(gram, spectrum, rho, len(weight))
+                solve, info = _solver(gram, spectrum, rho, len(weight))
             before = removed
     return (refine(z, dense, gram, ~removed) / scale).masked_fill(removed, 0).to(weight.dtype)
 
 
-def _solver(gram: Tensor, spectrum: Sequence[Tensor], rho: float, rows: int) -> Callable[[Tensor], Tensor]:
-    """B -> B (G + rho I)^-1 for B (rows, in). From the spectrum, where there is one, through the inverse where that is
-    less work for EVERY products.
+def _counts(*numbers: Tensor) -> list[int]:
+    """The sum of each; a GPU is waited for once."""
+    return torch.stack([each.sum() for each in numbers]).tolist()
+
+
+def _solver(
+    gram: Tensor, spectrum: Sequence[Tensor], rho: float, rows: int
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """B -> B (G + rho I)^-1 for B (rows, in), and whether it failed, 0 where it did not, which nobody waits for.
+
+    From the spectrum, where there is one, or a Cholesky factor; through the inverse where that is less work for EVERY
+    products.
     """
+    info = torch.zeros((), dtype=torch.int32, device=gram.device)
     if spectrum and len(gram) >= EVERY * rows:
         values, vectors = spectrum
-        return lambda right: (right @ vectors / (values + rho)) @ vectors.T
+        return (lambda right: (right @ vectors / (values + rho)) @ vectors.T), info
     if spectrum:
         values, vectors = spectrum
         inverse = (vectors / (values + rho)) @ vectors.T
     else:
         shifted = gram.clone()
         shifted.diagonal().add_(rho)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-    return lambda right: right @ inverse
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if rows < len(gram):  # a factor solves for `in` columns to make the inverse
+            return (lambda right: torch.cholesky_solve(right.T, factor).T), info
+        inverse = torch.cholesky_inverse(factor)
+    return (lambda right: right @ inverse), info
 
 
 def refine(z: Tensor, dense: Tensor, gram: Tensor, kept: Tensor) -> Tensor:

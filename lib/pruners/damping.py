@@ -23,7 +23,7 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
         damping = DAMPING * 10**attempt
         with suppress(torch.linalg.LinAlgError), one_kind_of_failure():
             found = factorise(damping)
-            if all(part.isfinite().all() for part in found):
+            if torch.stack([part.isfinite().all() for part in found]).all():
                 return found
         stats.events.append(f"{what} failed with damping {damping:g} of the mean diagonal")
     raise RunError(

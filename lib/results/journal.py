@@ -12,7 +12,7 @@ from ..config import RunConfig
 from ..errors import RunError
 from ..flags import Flags
 from ..shards import ShardedModel
-from ..storage import as_saved
+from ..storage import as_saved, held_as_saved
 from .checkpoint import MARK, complete, write_model
 from .files import check_folder, remove, write_file, write_text
 from .run import run_folder
@@ -155,7 +155,8 @@ class Journal(Unfinished):
         scratch = self._partial / ".rest"
         remove(scratch)
         try:
-            write_model(model, as_saved(model.rest(), model.saved_as), scratch, max_shard_size="1000GB")
+            with held_as_saved(model.model, model.saved_as):
+                write_model(model, as_saved(model.rest(), model.saved_as), scratch, max_shard_size="1000GB")
             for path in sorted(scratch.iterdir()):
                 path.rename(self._partial / (name if path.suffix == ".safetensors" else path.name))
             scratch.rmdir()
