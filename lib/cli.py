@@ -34,7 +34,7 @@ RELIEF = {
     "allocate": "an allocation that measures nothing, such as ww",
 }
 
-KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
+KEPT, KEPT_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
 
 
 class _Parser(argparse.ArgumentParser):
