@@ -22,7 +22,7 @@ from .errors import RunError
 from .flags import Flags
 from .memory import keep_freed_memory
 
-KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
+KEPT, KEPT_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
 
 
 class _Parser(argparse.ArgumentParser):
