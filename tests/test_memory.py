@@ -49,8 +49,8 @@ def run_prune(name: str):
 
 
 def run_search(model: LanguageModel, tokens: torch.Tensor) -> None:
-    def prune(goals, asymmetry, windows) -> None:
-        prune_model(model, PRUNERS["magnitude"], goals, Pattern(), windows, batch_size=1, asymmetry=asymmetry)
+    def prune(goals, asymmetry, windows, **more) -> None:
+        prune_model(model, PRUNERS["magnitude"], goals, Pattern(), windows, asymmetry=asymmetry, **more)
 
     Trials(model, prune, tokens, tokens[:2], 1).marginals(0.5, 0.0, None)
 
