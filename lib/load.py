@@ -203,7 +203,7 @@ def load_model(
         shards.check(whole=True)
     if device == "cuda" and torch.cuda.device_count() > 1:
         empty = shards.model if shards else _empty(source, options["dtype"])
-        options["device_map"] = place(LanguageModel(empty), held_tokens, copies)
+        options |= place(LanguageModel(empty), held_tokens, copies)
     elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
         options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.

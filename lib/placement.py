@@ -5,17 +5,23 @@ import torch
 from .model import LanguageModel
 
 
-def place(model: LanguageModel, tokens: int = 0, copies: int = 0) -> dict | str:
-    """The device_map of a model that may lie on any GPU; `model` needs no values.
+def place(model: LanguageModel, tokens: int = 0, copies: int = 0) -> dict:
+    """Arguments of from_pretrained by which a model lies on one GPU or several; `model` needs no values.
 
-    The first GPU with room for the weights and for `room(model, tokens, copies)`; "auto" where none has it.
+    On the first GPU with room for the weights and for `room(model, tokens, copies)`; where none has it on several, each
+    of which keeps that room free, for a block is pruned where it lies. Where they cannot, they take what they can.
     """
-    weights = sum(parameter.nbytes for parameter in model.model.parameters())
-    needed = weights + room(model, tokens, copies)
+    weights, free = sum(parameter.nbytes for parameter in model.model.parameters()), {}
+    beside = room(model, tokens, copies)
     for index in range(torch.cuda.device_count()):  # asking one takes memory on it, so no more are asked than needed
-        if needed <= torch.cuda.mem_get_info(index)[0]:
-            return {"": f"cuda:{index}"}
-    return "auto"
+        free[index] = torch.cuda.mem_get_info(index)[0]
+        if weights + beside <= free[index]:
+            return {"device_map": {"": f"cuda:{index}"}}
+    limits = {index: max(0, size - beside) for index, size in free.items()}
+    largest = max(sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks)
+    if weights + len(limits) * largest <= sum(limits.values()):  # a block goes to a GPU whole
+        return {"device_map": "auto", "max_memory": limits}
+    return {"device_map": "auto"}
 
 
 def room(model: LanguageModel, tokens: int, copies: int) -> int:

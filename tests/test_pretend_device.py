@@ -456,6 +456,22 @@ def test_a_model_is_spread_only_where_it_does_not_fit(tmp_path):
     assert devices(enough - 1, held_tokens=100, copies=1) == ["cuda:0", "cuda:1"]
 
 
+def test_several_gpus_keep_room_for_what_a_run_needs(tmp_path):
+    tiny_model("llama", **layers("llama", 6)).save_pretrained(tmp_path / "model")
+    source = find_source(str(tmp_path / "model"))
+    model = load_model(source, "cpu", "float32")
+    weights, beside = sum(p.nbytes for p in model.model.parameters()), room(model, 64, 0)
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in model.blocks)
+    free = beside + weights // 3 + largest  # of each of three: the weights leave all of `beside`
+    with pretended_gpus(3, free) as gpus:
+        spread = load_model(source, "cuda", "float32", held_tokens=64)
+        assert {str(p.device) for p in spread.model.parameters()} == {"cuda:0", "cuda:1", "cuda:2"}
+        assert all(gpus.free - held >= beside for held in gpus.live.values())
+    with pretended_gpus(3, weights // 2 + largest):  # no room beside them, yet room for them
+        spread = load_model(source, "cuda", "float32", held_tokens=10**6)
+        assert {p.device.type for p in spread.model.parameters()} == {"cuda"}
+
+
 def test_hidden_states_stay_with_their_block(folder_of, tmp_path):
     model_bytes = sum(parameter.nbytes for parameter in tiny_model("llama", **layers("llama", 2)).parameters())
     with pretended_gpus(2, int(ON_TWO * model_bytes)) as gpus:
