@@ -6,6 +6,10 @@ pruned in between. Prints seconds a block, the ratio, and the share of the arith
 matrix products.
 
     python script/benchmark_calibration.py --model smollm2 --needs gram
+
+With --parts it times single steps instead, each as it is and as it was, in turn, on --device, at one width:
+
+    python script/benchmark_calibration.py --parts --width 1024 [--device cuda]
 """
 
 import argparse
@@ -13,15 +17,20 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lib import find_source, load_model
+from lib import PRUNERS, Pattern, digest, find_source, load_model, masks
 from lib.config import TOKENS_AT_ONCE
-from lib.memory import keep_freed_memory
+from lib.memory import keep_freed_memory, on_host
+from lib.pruners import sparsegpt
+from lib.stats import InputStats
 from lib.stream import Stream
+
+REPEATS = 5
 
 
 def timed(function) -> float:
@@ -66,6 +75,66 @@ def rate() -> float:
     return 2 * a.shape[0] * b.numel() / seconds
 
 
+def cases(width: int, device: str) -> dict:
+    """name -> (a step as it is, as it was, whether it is of GPUs only)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(width, width, generator=generator).to(device)
+    x = torch.randn(2 * width, width, generator=generator).to(device)
+    flat, half = weight.abs().reshape(1, -1), weight.numel() // 2
+    gram = x.T @ x
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(width, device=device)
+
+    def solved(pattern: Pattern) -> None:
+        stats = InputStats.empty("gram", width, torch.device(device))
+        stats.add(x)
+        PRUNERS["sparsegpt"].prune(weight, stats, 0.5, pattern)
+
+    def launched(pattern: Pattern) -> None:
+        with mock.patch.object(sparsegpt, "captured", lambda function, _device: function):
+            solved(pattern)
+
+    def hashed(threads: int) -> None:
+        with mock.patch.object(digest, "THREADS", threads):
+            digest.digest(model)
+
+    model = mock.Mock()
+    model.resident.return_value.__enter__ = model.resident.return_value.__exit__ = mock.Mock(return_value=None)
+    matrices = [mock.Mock(weight=weight, size=weight.numel()) for _ in range(8)]
+    for number, matrix in enumerate(matrices):
+        matrix.name = f"matrix {number}"
+    model.groups.return_value, model.matrices = [[matrix] for matrix in matrices], matrices
+    return {
+        "selection of a matrix's half": (lambda: masks.lowest(flat, half), lambda: flat <= flat.kthvalue(half)[0], True),
+        "SparseGPT, one captured graph": (lambda: solved(Pattern()), lambda: launched(Pattern()), True),
+        "SparseGPT 2:4, one captured graph": (lambda: solved(Pattern(4)), lambda: launched(Pattern(4)), True),
+        "ALPS, a penalty's inverse": (
+            lambda: torch.cholesky_inverse(torch.linalg.cholesky_ex(damped)[0]),
+            lambda: torch.linalg.eigh(damped),
+            True,
+        ),
+        "digest of 8 matrices": (lambda: hashed(digest.THREADS), lambda: hashed(1), False),
+        "hidden states to the host": (lambda: on_host(weight), lambda: weight.cpu(), True),
+    }  # fmt: skip
+
+
+def compare_parts(width: int, device: str) -> None:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def once(step) -> float:
+        wait()
+        return timed(lambda: (step(), wait()))
+
+    print(f"| step, {width} wide, {device} | as it is | as it was | ratio |\n|---|---|---|---|")
+    for name, (now, before, of_gpus) in cases(width, device).items():
+        if of_gpus and not device.startswith("cuda"):
+            print(f"| {name} | not run: it differs on a GPU only | | |")
+            continue
+        once(now), once(before)
+        times = [(once(now), once(before)) for _ in range(REPEATS)]
+        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+        print(f"| {name} | {1e3 * ours:.2f} ms | {1e3 * theirs:.2f} ms | {ours / theirs:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
@@ -73,8 +142,14 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     keep_freed_memory()
+    if options.parts:
+        compare_parts(options.width, options.device)
+        return
 
     model = load_model(find_source(options.model), device="cpu", dtype="float32")
     generator = torch.Generator().manual_seed(0)
