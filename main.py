@@ -9,14 +9,14 @@ import sys
 from lib import cli, ranks, results, tokens
 from lib.analysis import analyze, describe, note, score, weigh_bos
 from lib.config import RunConfig
-from lib.data import calibration_windows, evaluation_windows
+from lib.data import evaluation_windows
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import plan, prune_to
+from lib.plan import carry_out, plan
 from lib.stopwatch import Stopwatch
 from lib.storage import settle
-from lib.trials import on_trial
+from lib.windows import windows_of_model, windows_of_text
 
 log = logging.getLogger("lib.main")
 
@@ -42,34 +42,31 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         seqlen = config.window(window_limit(load_config(source)))
         tokenizer = load_tokenizer(source)
-        calibration = held_out = evaluation = None
-        if config.calibrated:
-            windows = calibration_windows(
-                config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
-            )  # fmt: skip
-            calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
-            ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
+        windows = windows_of_text(config, tokenizer, seqlen)
+        evaluation = None
         if config.eval_wikitext:
             evaluation = evaluation_windows(
                 config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
                 cache_dir=config.cache_dir,
             )  # fmt: skip
             ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
-        watched = calibration if evaluation is None else evaluation
         if config.stream:
             source = results.as_safetensors(source)
             model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
             model.load_rest()
         else:
-            held = 0 if calibration is None else calibration.numel()
             model = load_model(
-                source, config.device, config.dtype, tokenizer, config.save_dtype, held_tokens=held,
-                copies=int(config.held_out > 0),
+                source, config.device, config.dtype, tokenizer, config.save_dtype,
+                held_tokens=config.streamed_windows * seqlen, copies=int(config.held_out > 0),
             )  # fmt: skip
-        model.check(config.pattern, calibration, evaluation)
+        model.check(config.pattern, windows and windows.calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)
 
+    if config.calibrated and windows is None:
+        with clock("sample"):
+            windows = windows_of_model(config, model, seqlen)
+    calibration = windows and windows.calibration
+    watched = calibration if evaluation is None else evaluation
     if watched is not None:
         log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
@@ -99,7 +96,16 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     with clock("allocate"):
         planned = remember(
             "plan",
-            lambda: plan(config, model, scores, calibration, held_out, row_weights=rows, batch_size=batch, store=store),
+            lambda: plan(
+                config,
+                model,
+                scores,
+                calibration,
+                windows and windows.held_out,
+                row_weights=rows,
+                batch_size=batch,
+                store=store,
+            ),
         )
     targets = planned["targets"]
     events += planned["events"]
@@ -109,10 +115,9 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         journal.reread(journal.done)
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit, "store": store}
-    prune_to(
-        config, model, targets, planned["asymmetry"], calibration, row_weights=rows, batch_size=batch,
-        recovery=config.recover == "block", clock=clock, events=events, **resumable,
-    )  # fmt: skip
+    carry_out(
+        config, model, planned, windows, row_weights=rows, batch_size=batch, clock=clock, events=events, **resumable
+    )
     for message in settle(model.rest(), model.saved_as):
         note(events, message)
     if journal:

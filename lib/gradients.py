@@ -1,8 +1,8 @@
 """The loss's gradients with respect to the prunable weights, one parameter at a time."""
 
 import functools
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -34,17 +34,15 @@ def visit_gradients(
             visit(matrix, matrix.view(parameter.grad))
         parameter.grad = None
 
-    mine, on_gpu = ranks.mine(windows), model.device.type == "cuda"
-    if on_gpu:
+    mine = ranks.mine(windows)
+    if model.device.type == "cuda":
         batch_size = 1
     with ExitStack() as stack:
         for parameter in readers:
             parameter.requires_grad_(True)
             stack.callback(parameter.requires_grad_, False)
             stack.callback(parameter.register_post_accumulate_grad_hook(reached).remove)
-        for block in model.blocks if on_gpu else ():
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            stack.enter_context(replaced_forward(block, again))
+        stack.enter_context(frugal(model))
         with progress(None, "gradients", "window", total=len(mine)) as bar:
             for batch in mine.split(batch_size):
                 tokens = batch.to(model.device)
@@ -54,3 +52,15 @@ def visit_gradients(
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
                 loss.backward()
                 bar.update(len(batch))
+
+
+@contextmanager
+def frugal(model: LanguageModel) -> Iterator[None]:
+    """While passes forth and back go through the model: of each block a GPU keeps its input only, and computes it again
+    on the way back.
+    """
+    with ExitStack() as stack:
+        for block in model.blocks if model.device.type == "cuda" else ():
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, again))
+        yield

@@ -50,15 +50,17 @@ class Stream:
     Making one follows the model's own forward pass on the first window, and checks on it that the blocks called one by
     one give what that gives; raises RunError for a model of which that is not true.
 
-    route   the visits in order, each a call of one block, and what goes from one to the other
-    hidden  the hidden state that the last visit gave
+    route    the visits in order, each a call of one block, and what goes from one to the other
+    hidden   the hidden state that the last visit gave
+    windows  how many there are; statistics are of the first `counted` only
     """
 
     def __init__(
         self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store | None = None,
-        route: Route | None = None,
+        route: Route | None = None, counted: int | None = None,
     ):  # fmt: skip
         self.model, self._windows, self._store = model, windows.split(batch_size), store
+        self.windows, self._counted = len(windows), -(-len(windows[:counted]) // batch_size)
         self.route = _follow(model, windows[:1]) if route is None else route
         self.hidden = Activations(model.device, len(windows), batch_size, store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
@@ -165,7 +167,7 @@ class Stream:
         writer = dense.writer if dense is not None and dense.writer in matrices else None
         collector = Collector(matrices, needs, cross=dense is not None, whole=writer is not None)
         module, hidden = self.block(visit), self.route.hidden[visit]
-        for batch in range(len(self)):
+        for batch in range(self._counted):
             with _watched([writer.module, dense.twins[writer.module]] if writer else []) as calls:
                 if dense is not None:
                     with collector.reference(dense.twins, dense.advances):
@@ -182,6 +184,9 @@ class Stream:
                 collector.stats[writer.name].add_residual(gap, x)
             if dense is not None and dense.advances:
                 dense.stream.receive(visit, batch, beside)
+        if dense is not None and dense.advances:
+            for batch in range(self._counted, len(self)):
+                dense.stream.receive(visit, batch, dense.leaves(batch))
         return collector.finish(), collector.reasons(module)
 
     @torch.no_grad()

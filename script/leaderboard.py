@@ -86,7 +86,16 @@ def settings(config: RunConfig) -> str:
     """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in ("ww_metric", *config.options, "mapping_type", "use_variant", "asymmetry", "fisher", "recover")
+        for name in (
+            "ww_metric",
+            *config.options,
+            "mapping_type",
+            "use_variant",
+            "asymmetry",
+            "fisher",
+            "recover",
+            "recover_nsamples",
+        )
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )
 
