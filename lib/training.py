@@ -69,36 +69,35 @@ def train(
     half precision. `others`, the parameters that the passes read as well, are in float32 meanwhile: no layer takes two
     half types. Zeros stay zeros. Raises RunError where a weight is no longer finite.
     """
-    of_step = _batches_of_steps(windows, batch_size, recipe.step)
+    of_step = batches_of_steps(windows, batch_size, recipe.step)
     weights = list(dict.fromkeys(matrix.stored for matrix in matrices))
     generator = torch.Generator().manual_seed(SEED)
     with _trainable(weights, others, loss) as passes:
         kept = [weight != 0 for weight in weights]
         adam = torch.optim.Adam(weights, lr=recipe.rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: recipe.factor(step, steps))
-        for _ in range(recipe.epochs):
-            total = torch.zeros(1, dtype=torch.float64)
-            for step in torch.randperm(len(of_step), generator=generator).tolist():
+        for epoch in range(recipe.epochs):
+            losses: list[Tensor] = []
+            for place, step in enumerate(torch.randperm(len(of_step), generator=generator).tolist()):
                 for batch in of_step[step]:
                     with torch.enable_grad(), passes():
                         found = loss(batch)
                     found.backward()
-                    total += found.detach().double().cpu()
+                    losses.append(found.detach())
                 for weight, mask in zip(weights, kept, strict=True):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
                     ranks.add_up(weight.grad)
+                for group in adam.param_groups:
+                    group["lr"] = recipe.rate * recipe.factor(epoch * len(of_step) + place, steps)
                 adam.step()
                 adam.zero_grad()
-                schedule.step()
-            ranks.add_up(total)
-            yield float(total)
+            yield math.fsum(ranks.gather(float(torch.stack(losses).double().sum())))
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
 
 
-def _batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:
+def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:
     """Of each step this rank's batches: none for some, where the last windows are other ranks'."""
     last = -(-sum(ranks.gather(windows)) // step)
     batches: list[list[int]] = [[] for _ in range(last)]
