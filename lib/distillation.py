@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ranks
-from .evaluate import LOGITS_AT_ONCE
+from .evaluate import logits_in_parts
 from .gradients import frugal
 from .model import LanguageModel
 from .progress import progress
@@ -47,17 +47,13 @@ def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1)
     mine, found = ranks.mine(windows), []
     with progress(None, "dense model", "window", total=len(mine)) as bar:
         for tokens, hidden in last_hidden_states(model, mine, batch_size):
-            vocabulary = model.model.get_output_embeddings().weight.shape[0]
-            parts = hidden.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(tokens))), dim=1)
-            found.append(
-                [torch.cat(kind, dim=1) for kind in zip(*(_likeliest(model, part) for part in parts), strict=True)]
-            )
+            parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
+            found.append([torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
     return Targets(mine, *(torch.cat(kind) for kind in zip(*found, strict=True)))
 
 
-def _likeliest(model: LanguageModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model.logits(hidden)
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     ids = logits.topk(min(KEPT, logits.shape[-1] - 1)).indices
     return ids.int().cpu(), log_probabilities(logits, ids).cpu()
 
