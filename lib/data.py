@@ -5,6 +5,7 @@ The protocols are those of GPTQ, SparseGPT, Wanda and AlphaPruning, so that perp
 
 import functools
 import itertools
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from . import hub, texts, tokens
 from .errors import RunError, reason_of
 from .registry import unknown_name
 from .texts import Row
+
+log = logging.getLogger(__name__)
 
 ADD_BOS = ("once", "every")
 OWN_TEXT = "self"  # in place of a corpus to calibrate on: what the dense model writes (lib/own_text.py)
@@ -60,8 +63,8 @@ def calibration_windows(
     The corpus is joined with a space and tokenised once; window k begins at the k-th
     randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
     document that is longer than it. `held_out` are drawn after these, and again until they have no token in common with
-    any. Last come `further` ones, which have none in common with those held out and, where a few draws find such a
-    place, with any other. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
+    any. Last come `further` ones, which have none in common with those held out and, as far as TRIES draws find such
+    places, with any other. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
     seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
     asked, rng = f"--calib_data {name}", random.Random(seed)
@@ -99,20 +102,20 @@ def calibration_windows(
             f"{asked}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
             "the choice of an allocation needs; ask for fewer, or give more text"
         )
-    reserved = drawn[nsamples:]
-    for _ in range(further):
-        chosen = None
-        for window in itertools.islice(iter(draw, None), TRIES):
+    reserved, overlapping = drawn[nsamples:], 0
+    for number in range(further):
+        chosen = drawn[number % nsamples]  # where nothing else is found
+        for window in (draw() for _ in range(TRIES)):
             if apart(window, drawn):
                 chosen = window
                 break
-            if chosen is None and apart(window, reserved):
+            if apart(window, reserved):
                 chosen = window
-        if chosen is None:
-            raise RunError(
-                f"{asked}: has no room for windows that recovery trains on; ask for fewer, or give more text"
-            )
+        else:
+            overlapping += 1
         drawn.append(chosen)
+    if overlapping:
+        log.warning("%s: is short: %d of the windows that recovery trains on overlap others", asked, overlapping)
     return torch.stack([torch.cat([front, window]) for _, _, window in drawn])
 
 

@@ -56,10 +56,7 @@ def _sampled(model: LanguageModel, front: list[int], count: int, seqlen: int, se
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big", signed=True)
     with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
         torch.manual_seed(number)
-        if front:
-            begun = torch.tensor(front).expand(count, -1)
-        else:
-            begun = torch.randint(model.model.get_input_embeddings().weight.shape[0], (count, 1))
+        begun = torch.tensor(front).expand(count, -1) if front else torch.randint(_vocabulary(model), (count, 1))
         begun = begun.to(model.device)
         try:
             with torch.no_grad():
@@ -79,6 +76,12 @@ def _sampled(model: LanguageModel, front: list[int], count: int, seqlen: int, se
             "for; calibrate on a corpus"
         )
     return found.cpu()
+
+
+def _vocabulary(model: LanguageModel) -> int:
+    """Tokens that there are; a model may have rows for more."""
+    rows = model.model.get_input_embeddings().weight.shape[0]
+    return rows if model.tokenizer is None else min(rows, len(model.tokenizer))
 
 
 @contextmanager
