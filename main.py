@@ -57,7 +57,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         else:
             model = load_model(
                 source, config.device, config.dtype, tokenizer, config.save_dtype,
-                held_tokens=config.streamed_windows * seqlen, copies=int(config.held_out > 0),
+                held_tokens=config.streamed_windows * seqlen, copies=config.copies,
             )  # fmt: skip
         model.check(config.pattern, windows and windows.calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)

@@ -24,6 +24,7 @@ from .pruners import PRUNERS
 
 # What takes less of a GPU's memory, by the stage that ran out of it.
 RELIEF = {
+    "sample": "a corpus to calibrate on (--calib_data)",
     "load": "a GPU with room for the model (--device)",
     "calibrate": "fewer --nsamples",
     "statistics": "a pruner without Gram matrices, such as wanda",
@@ -119,7 +120,8 @@ def out_of_memory(error: torch.OutOfMemoryError, config: RunConfig) -> str:
     helps = RELIEF.get(stage, "--batch_size 1")
     if stage == "statistics" and PRUNERS[config.pruner].needs != "gram":
         helps = "--batch_size 1"
-    if not (config.stream or config.analyze_only or config.fisher or config.held_out):
+    whole = config.fisher or config.held_out or config.writes_own_text or "model" in config.recover
+    if not (config.stream or config.analyze_only or whole):
         helps = f"--stream, which holds one block at a time, or {helps}"
     where = f" at the stage '{stage}'" if stage else ""
     return f"out of GPU memory{where}; try {helps} ({str(error).split('.')[0]})"

@@ -273,6 +273,11 @@ class RunConfig:
         return self.nsamples + (self.further if "block" in self.recover else 0) if self.calibrated else 0
 
     @property
+    def copies(self) -> int:
+        """Of the prunable weights, what the run holds beside them at most: training has 17 bytes a weight."""
+        return 8 if "model" in self.recover else int(self.held_out > 0)
+
+    @property
     def options(self) -> dict[str, float | str]:
         """The parameters of all allocations."""
         return {name: getattr(self, name) for entry in ALLOCATIONS for name in ALLOCATIONS[entry].options}

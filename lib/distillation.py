@@ -88,7 +88,7 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
     with frugal(model), progress(None, "recovery", "window", total=passes) as bar:
         trained = {matrix.stored for matrix in model.matrices}
         others = [parameter for parameter in model.model.parameters() if parameter not in trained]
-        epochs = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, others)
-        means = [total / tokens for total in epochs]
+        totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, others)
+    means = [total / tokens for total in totals]
     log.info("divergence from the dense model: %s nats a token", ", ".join(f"{mean:.4f}" for mean in means))
     return means

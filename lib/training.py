@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,8 @@ def train(
     loss: Callable[[int], Tensor],
     recipe: Recipe,
     others: Iterable[nn.Parameter] = (),
-) -> Iterator[float]:
-    """Train the surviving weights of the matrices; yields after each epoch the loss of its steps, over all ranks.
+) -> list[float]:
+    """Train the surviving weights of the matrices; the loss of each epoch's steps, over all ranks.
 
     This rank has so many `windows`, every size()-th of all; `loss(batch)` is the sum over a batch of `batch_size` of
     them, batches counted from 0, in a scale of the caller's choice (Adam sees none). A step takes the windows that
@@ -74,10 +75,11 @@ def train(
     generator = torch.Generator().manual_seed(SEED)
     with _trainable(weights, others, loss) as passes:
         kept = [weight != 0 for weight in weights]
-        adam = torch.optim.Adam(weights, lr=recipe.rate, fused=weights[0].device.type == "cpu" or None)
+        groups = [{"params": list(group)} for _, group in groupby(weights, key=lambda weight: weight.device)]
+        adam = torch.optim.Adam(groups, lr=recipe.rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
+        losses: list[Tensor] = []
         for epoch in range(recipe.epochs):
-            losses: list[Tensor] = []
             for place, step in enumerate(torch.randperm(len(of_step), generator=generator).tolist()):
                 for batch in of_step[step]:
                     with torch.enable_grad(), passes():
@@ -91,10 +93,12 @@ def train(
                     group["lr"] = recipe.rate * recipe.factor(epoch * len(of_step) + place, steps)
                 adam.step()
                 adam.zero_grad()
-            yield math.fsum(ranks.gather(float(torch.stack(losses).double().sum())))
+    of_epochs = torch.stack(losses).double().view(recipe.epochs, -1).sum(1).cpu()
+    ranks.add_up(of_epochs)
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
+    return of_epochs.tolist()
 
 
 def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:

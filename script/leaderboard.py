@@ -29,16 +29,17 @@ from lib import cli, results
 from lib.allocation import ALLOCATIONS
 from lib.analysis import score
 from lib.config import RunConfig
-from lib.data import calibration_windows, evaluation_windows
+from lib.data import evaluation_windows
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
 from lib.model import kept
-from lib.plan import plan, prune_to
+from lib.plan import carry_out, plan
 from lib.quality import allocation_scores
 from lib.stopwatch import Stopwatch
+from lib.windows import windows_of_model, windows_of_text
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -107,7 +108,7 @@ def run_key(config: RunConfig) -> str:
 
 def _windows_of(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
-    return config.seed, config.nsamples, config.calib_data, config.add_bos
+    return config.seed, config.nsamples, config.calibrated, config.calib_data, config.add_bos
 
 
 class Board:
@@ -297,13 +298,12 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._remember(
-            "windows", config.held_out, *_windows_of(config),
-            measure=lambda: calibration_windows(
-                config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
-                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
-            ),
+            "windows", config.held_out, config.further, *_windows_of(config),
+            measure=lambda: windows_of_model(config, self._model, config.seqlen)
+            if config.writes_own_text
+            else windows_of_text(config, self._tokenizer, config.seqlen),
         )  # fmt: skip
-        calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
+        calibration, held_out = (windows.calibration, windows.held_out) if windows else (None, None)
 
         reset_peak()
         self._saved = 0.0
@@ -318,9 +318,9 @@ class Runner:
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
-                prune_to(
-                    config, self._model, planned["targets"], planned["asymmetry"], calibration, row_weights=rows,
-                    batch_size=batch, recovery=config.recover == "block", clock=clock, events=events,
+                carry_out(
+                    config, self._model, planned, windows, row_weights=rows, batch_size=batch, clock=clock,
+                    events=events,
                 )  # fmt: skip
             found = self.evaluate(batch)
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))

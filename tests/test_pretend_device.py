@@ -21,6 +21,7 @@ from lib import (
     results,
 )
 from lib.activations import Store
+from lib.distillation import dense_targets, distil
 from lib.fisher import row_fisher, row_weights
 from lib.graphs import captured
 from lib.load import load_model, open_model
@@ -130,6 +131,13 @@ def rows(model: LanguageModel, tmp_path) -> dict:
     )
 
 
+def distilled(model: LanguageModel, tmp_path) -> dict:
+    dense = dense_targets(model, tiny_tokens(), batch_size=2)
+    pruned(model, tmp_path, PRUNERS["wanda"])
+    distil(model, dense, batch_size=2)
+    return outcome(model)
+
+
 def searched(model: LanguageModel, _tmp_path) -> dict:
     def prune(goals, asymmetry, windows) -> None:
         prune_model(model, PRUNERS["wanda"], goals, Pattern(), windows, batch_size=4, asymmetry=asymmetry)
@@ -182,6 +190,7 @@ STEPS = {
     "fisher": rows,
     "recovery": functools.partial(pruned, pruner=PRUNERS["wanda"], recovery=True),
     "recovery, asymmetry": functools.partial(pruned, pruner=PRUNERS["sparsegpt"], asymmetry=0.5, recovery=True),
+    "distillation": distilled,
     "search": searched,
     "saving": saved,
     "streaming": functools.partial(streamed, pruner="wanda"),
@@ -264,7 +273,7 @@ WAITS = {
     "sparsegpt 2:4": (3, 14, 3, 2, 3),
     "alps 2:4": (3, 10, 7, 2, 3),
     "sparsegpt asymmetry": (3, 32, 3, 2, 3),
-    "wanda recovery": (3, 5, 4, 2, 4),
+    "wanda recovery": (3, 6, 4, 2, 4),
     "owl": (3, 1, 1, 2, 3),
     "dlp": (3, 1, 1, 2, 3),
     "lsa": (3, 1, 1, 2, 3),
