@@ -59,14 +59,13 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
                 source, config.device, config.dtype, tokenizer, config.save_dtype,
                 held_tokens=config.streamed_windows * seqlen, copies=config.copies,
             )  # fmt: skip
-        model.check(config.pattern, windows and windows.calibration, evaluation)
+        model.check(config.pattern, windows.calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)
 
-    if config.calibrated and windows is None:
+    if config.writes_own_text:
         with clock("sample"):
             windows = windows_of_model(config, model, seqlen)
-    calibration = windows and windows.calibration
-    watched = calibration if evaluation is None else evaluation
+    watched = windows.calibration if evaluation is None else evaluation
     if watched is not None:
         log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
@@ -91,22 +90,16 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     rows = None
     if config.fisher:
         with clock("fisher"):
-            rows = row_weights(row_fisher(model, calibration), config.fisher)
+            rows = row_weights(row_fisher(model, windows.calibration), config.fisher)
 
     with clock("allocate"):
         planned = remember(
             "plan",
             lambda: plan(
-                config,
-                model,
-                scores,
-                calibration,
-                windows and windows.held_out,
-                row_weights=rows,
-                batch_size=batch,
+                config, model, scores, windows.calibration, windows.held_out, row_weights=rows, batch_size=batch,
                 store=store,
             ),
-        )
+        )  # fmt: skip
     targets = planned["targets"]
     events += planned["events"]
 

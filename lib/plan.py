@@ -123,7 +123,7 @@ def carry_out(
     config: RunConfig,
     model: LanguageModel,
     planned: Mapping,
-    windows: Windows | None,
+    windows: Windows,
     *,
     batch_size: int,
     clock: Stopwatch,
@@ -132,7 +132,7 @@ def carry_out(
 ) -> None:
     """Prune to what `plan` gave, and train what is left as --recover says; `rest` are arguments of `prune_model`."""
     block, targets = "block" in config.recover, planned["targets"]
-    dense, seen = None, windows and windows.calibration
+    dense, seen = None, windows.calibration
     if block:
         seen, rest["counted"] = windows.recovery, len(windows.calibration)
     if "model" in config.recover and any(targets.values()):

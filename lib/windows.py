@@ -15,20 +15,22 @@ from .trials import on_trial
 
 @dataclass(frozen=True)
 class Windows:
-    """calibration  (nsamples, S): statistics are taken of them
+    """What a run reads of them; None where it reads none.
+
+    calibration  (nsamples, S): statistics are taken of them
     held_out     (n, S): what is to be chosen is chosen on them
     recovery     (n, S): recovery trains on them; the first are the calibration's, and none is held out
     """
 
-    calibration: Tensor
-    held_out: Tensor
-    recovery: Tensor
+    calibration: Tensor | None = None
+    held_out: Tensor | None = None
+    recovery: Tensor | None = None
 
 
-def windows_of_text(config: RunConfig, tokenizer, seqlen: int) -> Windows | None:
-    """Cut from --calib_data; None where the run reads none, and where the model has yet to write them."""
+def windows_of_text(config: RunConfig, tokenizer, seqlen: int) -> Windows:
+    """Cut from --calib_data; none where the model has yet to write them."""
     if not config.calibrated or config.writes_own_text:
-        return None
+        return Windows()
     found = calibration_windows(
         config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
         held_out=config.held_out, further=config.further, add_bos=config.add_bos, cache_dir=config.cache_dir,

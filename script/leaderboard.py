@@ -303,7 +303,7 @@ class Runner:
             if config.writes_own_text
             else windows_of_text(config, self._tokenizer, config.seqlen),
         )  # fmt: skip
-        calibration, held_out = (windows.calibration, windows.held_out) if windows else (None, None)
+        calibration = windows.calibration
 
         reset_peak()
         self._saved = 0.0
@@ -314,7 +314,7 @@ class Runner:
             with clock("allocate"):
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
-                    config, self._model, metrics, calibration, held_out, row_weights=rows, batch_size=batch,
+                    config, self._model, metrics, calibration, windows.held_out, row_weights=rows, batch_size=batch,
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
