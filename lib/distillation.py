@@ -84,7 +84,7 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
         bar.update(len(windows[batch]))
         return F.kl_div(found, wanted[batch].to(found.device), reduction="sum", log_target=True)
 
-    passes = RECIPE.epochs * len(targets.windows)
+    passes = RECIPE.epochs * len(targets.windows) + len(windows[0])  # the first on trial
     with frugal(model), progress(None, "recovery", "window", total=passes) as bar:
         trained = {matrix.stored for matrix in model.matrices}
         others = [parameter for parameter in model.model.parameters() if parameter not in trained]
