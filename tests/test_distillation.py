@@ -5,11 +5,13 @@ import dataclasses
 
 import pytest
 import torch
+from test_checkpoints import run
 from tiny import tiny_model, tiny_tokens
 from toy import Block, Toy
 
-from lib import PRUNERS, LanguageModel, Pattern, distillation, precision, prune_model
+from lib import PRUNERS, LanguageModel, Pattern, distillation, find_source, own_text, precision, prune_model
 from lib.distillation import dense_targets, distil, log_probabilities
+from lib.load import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +106,23 @@ def test_the_model_comes_closer_and_the_rest_stays(architecture, dtype):
     assert all(torch.equal(now[name], value) for name, value in others.items())
     assert {p.dtype for p in model.model.parameters()} == {dtype}
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
+
+
+def test_a_run_recovers_on_the_models_own_text(tmp_path, monkeypatch):
+    """The whole command in memory: its stages, its zeros, saved weights that are those it measured."""
+    monkeypatch.setattr(own_text, "AT_ONCE", 96)
+    tiny_model("llama_tied").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = {
+        "nsamples": 4, "calib_data": "self", "recover": ("model", "block"), "recover_nsamples": 6, "dtype": "float32",
+        "sparsity_ratio": None, "sparsity_type": "2:4",
+    }  # fmt: skip
+    record, saved = run(tmp_path, "recovered", **options)
+    assert {"sample", "targets", "recover", "prune"} <= record["seconds"].keys()
+    assert record["config"]["recover"] == ["block", "model"]
+    assert all(layer["sparsity"] == 0.5 for layer in record["layers"])
+    plain, _ = run(tmp_path, "plain", **{**options, "recover": "none", "recover_nsamples": None})
+    assert record["perplexity"]["pruned"] != plain["perplexity"]["pruned"]
+    model = load_model(find_source(str(saved)), "cpu", "float32")
+    for matrix in model.matrices:
+        assert ((matrix.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()
+        assert torch.equal(matrix.weight, matrix.weight.bfloat16().float())
