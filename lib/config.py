@@ -114,11 +114,8 @@ class RunConfig:
     quiet: bool = _flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        for name, order in (("ww_metric", None), ("recover", RECOVERIES)):
-            given = getattr(self, name)
-            given = dict.fromkeys((given,) if isinstance(given, str) else given)
-            known = [value for value in order or () if value in given]
-            object.__setattr__(self, name, (*known, *(value for value in given if value not in known)))
+        object.__setattr__(self, "ww_metric", tuple(dict.fromkeys(_several(self.ww_metric))))
+        object.__setattr__(self, "recover", tuple(sorted(set(_several(self.recover)))))
         for name in ("model",) if self.analyze_only else ("model", "prune_method"):
             if not getattr(self, name):
                 raise RunError(f"--{name}: is missing")
@@ -196,9 +193,7 @@ class RunConfig:
             why = "--fisher takes gradients" if self.fisher else "_search and auto parameters try prunings"
             raise RunError(f"--stream: holds one block at a time, while {why} of the whole model")
         if self.stream and self.writes_own_text:
-            raise RunError(
-                f"--stream: holds one block at a time, while --calib_data {OWN_TEXT} samples from the whole model"
-            )
+            raise RunError(f"--stream: holds one block at a time, while --calib_data {OWN_TEXT} takes the whole model")
         if not self.recover or (len(self.recover) > 1 and "none" in self.recover):
             raise RunError(
                 f"--recover {' '.join(self.recover)}: none goes with no other; give none, block, model or both"
@@ -364,6 +359,10 @@ class RunConfig:
         if self.add_bos != "once":
             parts.append(f"bos_{self.add_bos}")
         return "-".join([*parts, f"seed{self.seed}", digest])
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
 
 
 def _readable(value: float | str) -> str:

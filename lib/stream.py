@@ -60,7 +60,8 @@ class Stream:
         route: Route | None = None, counted: int | None = None,
     ):  # fmt: skip
         self.model, self._windows, self._store = model, windows.split(batch_size), store
-        self.windows, self._counted = len(windows), -(-len(windows[:counted]) // batch_size)
+        self.windows = sum(map(len, self._windows))
+        self._counted = len(self._windows) if counted is None else -(-counted // batch_size)
         self.route = _follow(model, windows[:1]) if route is None else route
         self.hidden = Activations(model.device, len(windows), batch_size, store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with

@@ -79,7 +79,7 @@ CASES = [
     case("fisher of wanda", "--fisher 0.5", "--fisher 0.5:", "sparsegpt, alps"),
     case("fisher without the whole model", "--prune_method alps --fisher 1 --stream --save_model o", "--stream"),
     case("recovery", "--recover blocks", "--recover: 'blocks'", "did you mean 'block'?"),
-    case("recovery and none", "--recover none block", "--recover none block:", "none, block, model or both"),
+    case("recovery and none", "--recover none block", "--recover block none:", "none, block, model or both"),
     case("recovery of a streamed model", "--recover model --stream --save_model o", "--stream", "--recover model"),
     case("few windows to recover", "--recover block --recover_nsamples 1", "--recover_nsamples 1:", "--nsamples"),
     case("own text of a streamed model", "--calib_data self --stream --save_model o", "--stream", "--calib_data self"),
