@@ -13,9 +13,10 @@ from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.inputs import read_inputs
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import plan, prune_to
+from lib.plan import carry_out, plan
 from lib.stopwatch import Stopwatch
 from lib.storage import settle
+from lib.windows import windows_of_model
 
 log = logging.getLogger("lib.main")
 
@@ -40,21 +41,23 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         seqlen = config.window(window_limit(load_config(source)))
         tokenizer = load_tokenizer(source)
-        calibration, held_out, evaluation, tasks = read_inputs(config, tokenizer, seqlen, events)
-        watched = calibration if evaluation is None else evaluation
+        windows, evaluation, tasks = read_inputs(config, tokenizer, seqlen, events)
         if config.stream:
             source = results.as_safetensors(source)
             model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
             model.load_rest()
         else:
-            held = 0 if calibration is None else calibration.numel()
             model = load_model(
-                source, config.device, config.dtype, tokenizer, config.save_dtype, held_tokens=held,
-                copies=int(config.held_out > 0),
+                source, config.device, config.dtype, tokenizer, config.save_dtype,
+                held_tokens=config.streamed_windows * seqlen, copies=config.copies,
             )  # fmt: skip
-        model.check(config.pattern, calibration, evaluation)
+        model.check(config.pattern, windows.calibration, evaluation)
         described, batch = describe(model, events, source), config.batch(seqlen)
 
+    if config.writes_own_text:
+        with clock("sample"):
+            windows = windows_of_model(config, model, seqlen)
+    watched = windows.calibration if evaluation is None else evaluation
     if watched is not None:
         log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
@@ -90,11 +93,11 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     rows = None
     if config.fisher:
         with clock("fisher"):
-            rows = row_weights(row_fisher(model, calibration, store, remember), config.fisher)
+            rows = row_weights(row_fisher(model, windows.calibration, store, remember), config.fisher)
 
     with clock("allocate"):
         how = {"row_weights": rows, "batch_size": batch, "store": store}
-        planned = remember("plan", lambda: plan(config, model, scores, calibration, held_out, remember=remember, **how))
+        planned = remember("plan", lambda: plan(config, model, scores, *windows.of_plan, remember=remember, **how))
     targets = planned["targets"]
     events += planned["events"]
 
@@ -103,10 +106,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         journal.reread(journal.done)
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit}
-    prune_to(
-        config, model, targets, planned["asymmetry"], calibration, clock=clock, events=events,
-        recovery=config.recover == "block", **how, **resumable,
-    )  # fmt: skip
+    carry_out(config, model, planned, windows, clock=clock, events=events, **how, **resumable)
     for message in settle(model.rest(), model.saved_as):
         note(events, message)
     if journal:

@@ -8,7 +8,7 @@ import torch
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
 from .allocation.budget import S_MAX, S_MIN
-from .data import ADD_BOS, find_corpus
+from .data import ADD_BOS, OWN_TEXT, find_corpus
 from .errors import RunError
 from .flags import Flags, flag, flag_of
 from .load import choose_device, locate
@@ -17,13 +17,15 @@ from .metrics import METRICS
 from .pruners import PRUNERS
 from .zero_shot import PAPER
 
-RECOVERIES = ("none", "block")
+RECOVERIES = ("none", "block", "model")
+RECOVERY_WINDOWS = 2  # in multiples of --nsamples
 AUTO = "auto"  # chosen on held-out calibration windows
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
 # What takes less of a GPU's memory, by the stage that ran out of it.
 RELIEF = {
+    "sample": "a corpus to calibrate on (--calib_data)",
     "load": "a GPU with room for the model (--device)",
     "calibrate": "fewer --nsamples",
     "statistics": "a pruner without Gram matrices, such as wanda",
@@ -82,9 +84,15 @@ class RunConfig(Flags):
     fisher: float = flag(
         0.0, "sparsegpt and alps weigh each output's error by its Fisher information to this power, in [0, 1]"
     )
-    recover: str = flag("none", "block: train what every block has left", choices=lambda: list(RECOVERIES))
+    recover: tuple[str, ...] = flag(
+        ("none",), "train what pruning has left: block towards the dense block, model towards the dense model, or both",
+        choices=lambda: list(RECOVERIES),
+    )  # fmt: skip
+    recover_nsamples: int | None = flag(
+        None, f"windows that --recover trains on (default: {RECOVERY_WINDOWS} times --nsamples)"
+    )
     mapping_type: str = flag("block_wise", "where sparsities may differ", choices=lambda: list(MAPPINGS))
-    calib_data: str = flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
+    calib_data: str = flag("c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self")
     nsamples: int = flag(128, "calibration windows")
     seqlen: int | None = flag(None, "tokens a window (default: 2048, or the model's limit)")
     seed: int = flag(0, "seed of the calibration windows")
@@ -120,14 +128,15 @@ class RunConfig(Flags):
     quiet: bool = flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        self.make_tuples("ww_metric", "tasks")
+        self.make_tuples("ww_metric", "tasks", "recover")
+        object.__setattr__(self, "recover", tuple(sorted(self.recover)))  # whatever the order, it is one run
         self.check_given("model", *([] if self.analyze_only else ["prune_method"]))
         self._check_numbers()
         self._check_combinations()
         choose_device(self.device)
         if not self.analyze_only:
             self._check_pattern()
-            if self.calibrated:
+            if self.calibrated and not self.writes_own_text:
                 find_corpus("--calib_data", self.calib_data)
             if self.eval_wikitext:
                 find_corpus("--eval_data", self.eval_data)
@@ -152,7 +161,9 @@ class RunConfig(Flags):
                 raise RunError(f"--{name} {value:g}: must lie in [{low}, {high}]")
         if not self.owl_m > 0:
             raise RunError(f"--owl_m {self.owl_m:g}: must be above 0")
-        self.check_least(nsamples=1, seqlen=2, eval_windows=1, task_limit=1, batch_size=1, seed=0)
+        self.check_least(
+            nsamples=1, recover_nsamples=1, seqlen=2, eval_windows=1, task_limit=1, batch_size=1, seed=0
+        )  # fmt: skip
 
     def _check_pattern(self) -> None:
         pattern, ratio = Pattern.parse(self.sparsity_type)
@@ -178,6 +189,19 @@ class RunConfig(Flags):
             return
         if self.stream and self.save_model is None:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
+        if self.stream and self.writes_own_text:
+            raise RunError(f"--stream: holds one block at a time, while --calib_data {OWN_TEXT} takes the whole model")
+        if not self.recover or (len(self.recover) > 1 and "none" in self.recover):
+            raise RunError(
+                f"--recover {' '.join(self.recover)}: none goes with no other; give none, block, model or both"
+            )
+        if self.stream and "model" in self.recover:
+            raise RunError("--stream: holds one block at a time, while --recover model trains the whole model")
+        if self.recovers and self.recover_nsamples is not None and self.recover_nsamples < self.nsamples:
+            least = f"--nsamples {self.nsamples}"
+            raise RunError(
+                f"--recover_nsamples {self.recover_nsamples}: is less than {least}, of which recovery sees all"
+            )
         if len(self.ww_metric) > 1:
             raise RunError(f"--WW_metric {' '.join(self.ww_metric)}: pruning takes one; several need --analyze_only")
         if self.use_variant and PRUNERS[self.pruner].variant is None:
@@ -213,7 +237,17 @@ class RunConfig(Flags):
     def calibrated(self) -> bool:
         """Whether the pruner, the allocation or the recovery reads activations."""
         needs = {PRUNERS[self.pruner].needs, ALLOCATIONS[self.allocation].needs}
-        return needs != {"nothing"} or self.recover != "none" or self.held_out > 0
+        return needs != {"nothing"} or self.recovers or self.held_out > 0
+
+    @property
+    def recovers(self) -> bool:
+        """Whether what pruning leaves is trained."""
+        return "none" not in self.recover
+
+    @property
+    def further(self) -> int:
+        """Windows beside --nsamples that recovery trains on."""
+        return (self.recover_nsamples or RECOVERY_WINDOWS * self.nsamples) - self.nsamples if self.recovers else 0
 
     @property
     def held_out(self) -> int:
@@ -221,6 +255,21 @@ class RunConfig(Flags):
         allocation = ALLOCATIONS[self.allocation]
         auto = AUTO in [self.asymmetry, *(self.options[name] for name in allocation.options)]
         return -(-self.nsamples // 2) if allocation.measured or auto else 0
+
+    @property
+    def writes_own_text(self) -> bool:
+        """Whether the dense model writes the calibration text."""
+        return self.calibrated and self.calib_data == OWN_TEXT
+
+    @property
+    def streamed_windows(self) -> int:
+        """Windows whose hidden states are held while blocks are pruned."""
+        return self.nsamples + (self.further if "block" in self.recover else 0) if self.calibrated else 0
+
+    @property
+    def copies(self) -> int:
+        """Of the prunable weights, what the run holds beside them at most: training has 17 bytes a weight."""
+        return 8 if "model" in self.recover else int(self.held_out > 0)
 
     @property
     def options(self) -> dict[str, float | str]:
@@ -254,6 +303,8 @@ class RunConfig(Flags):
             unread += ["ww_metric", "ww_metric_cache"]
         if not self.calibrated:
             unread += ["calib_data", "nsamples"]
+        if not self.recovers:
+            unread += ["recover_nsamples"]
         if not self.eval_wikitext:
             unread += ["eval_data", "eval_windows"]
         if not self.eval_zero_shot:
@@ -301,8 +352,8 @@ class RunConfig(Flags):
             parts.append(f"asymmetry{_readable(self.asymmetry)}")
         if self.fisher:
             parts.append(f"fisher{self.fisher:g}")
-        if self.recover != "none":
-            parts.append(f"recover_{self.recover}")
+        if self.recovers:
+            parts.append("_".join(["recover", *self.recover]))
         if self.add_bos != "once":
             parts.append(f"bos_{self.add_bos}")
         return "-".join([*parts, f"seed{self.seed}", self.digest])

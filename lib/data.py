@@ -5,6 +5,7 @@ The protocols are those of GPTQ, SparseGPT, Wanda and AlphaPruning, so that perp
 
 import functools
 import itertools
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from .errors import RunError, reason_of
 from .registry import unknown_name
 from .texts import Row
 
+log = logging.getLogger(__name__)
+
 ADD_BOS = ("once", "every")
+OWN_TEXT = "self"  # in place of a corpus to calibrate on: what the dense model writes (lib/own_text.py)
 SHARD = "c4:"  # before a path: drawn and evaluated as c4 is
 FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data", "training": "--data"}
 PARTS = {"calibration": "train", "evaluation": "test", "training": "train"}  # of a saved folder that has several
 RUN = 32  # tokens in a row that two texts have in common where one holds a part of the other
 DRAWS = 10_000  # tries to find room for the windows held out
+TRIES = 100  # to find room for a further window
 C4_EVALUATED, C4_WINDOWS = 1100, 256  # documents of the validation shard, and windows of them at most
 C4_MISSES = 10_000  # documents in a row that may be too short before c4 is given up
 
@@ -51,15 +56,17 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     held_out: int = 0,
+    further: int = 0,
     add_bos: str = "once",
     cache_dir: str = "llm_weights",
 ) -> Tensor:
-    """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out, seqlen), int64.
+    """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out + further, seqlen), int64.
 
     The corpus is joined with a space and tokenised once; window k begins at the k-th
     randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
-    document that is longer than it. The last `held_out` are drawn after the others, and again until they have no token
-    in common with any. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
+    document that is longer than it. `held_out` are drawn after these, and again until they have no token in common with
+    any. Last come `further` ones, which have none in common with those held out and, as far as TRIES draws find such
+    places, with any other. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
     seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
     asked, rng = f"--calib_data {name}", random.Random(seed)
@@ -83,18 +90,34 @@ def calibration_windows(
             start = rng.randint(0, len(found) - width - 1)
             return 0, start, found[start : start + width]
 
+    def apart(window: tuple[int, int, Tensor], others: list[tuple[int, int, Tensor]]) -> bool:
+        return all(window[0] != document or abs(window[1] - start) >= width for document, start, _ in others)
+
     drawn = [draw() for _ in range(nsamples)]
     for _ in range(DRAWS):
         if len(drawn) == nsamples + held_out:
             break
-        document, start, window = draw()
-        if all(document != other or abs(start - begin) >= width for other, begin, _ in drawn):
-            drawn.append((document, start, window))
+        if apart(window := draw(), drawn):
+            drawn.append(window)
     else:
         raise RunError(
             f"{asked}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
             "the choice of an allocation needs; ask for fewer, or give more text"
         )
+    reserved, overlapping = drawn[nsamples:], 0
+    for number in range(further):
+        chosen = drawn[number % nsamples]  # where nothing else is found
+        for window in (draw() for _ in range(TRIES)):
+            if apart(window, drawn):
+                chosen = window
+                break
+            if apart(window, reserved):
+                chosen = window
+        else:
+            overlapping += 1
+        drawn.append(chosen)
+    if overlapping:
+        log.warning("%s: is short: %d of the windows that recovery trains on overlap others", asked, overlapping)
     return torch.stack([torch.cat([front, window]) for _, _, window in drawn])
 
 
@@ -216,8 +239,9 @@ def find_corpus(flag: str, name: str) -> Corpus:
     accepted = f"{', '.join(texts.SUFFIXES)} (all but parquet also with {' or '.join(texts.PACKED)})"
     if bare and path.exists():
         raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
+    own = [OWN_TEXT] if flag == FLAGS["calibration"] else []
     raise unknown_name(
-        flag, name, [*CORPORA, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
+        flag, name, [*CORPORA, *own, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
     )
 
 

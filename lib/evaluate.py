@@ -1,6 +1,7 @@
 """Perplexity and measured sparsity."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -59,16 +60,20 @@ def _losses(model: LanguageModel, tokens: Tensor, hidden: Tensor) -> Tensor:
     """The negative log-likelihood of each predicted token of a batch (B, S) with last hidden states (B, S, d), in nats;
     (B, S - 1), float64, on the CPU.
     """
-    hidden = hidden[:, :-1]  # (B, S-1, d) predict tokens[:, 1:]
-    vocabulary = model.model.get_output_embeddings().weight.shape[0]
-    chunk = max(1, LOGITS_AT_ONCE // (vocabulary * len(tokens)))
-    losses = []
-    for begin in range(0, hidden.shape[1], chunk):
-        logits = model.logits(hidden[:, begin : begin + chunk])  # (B, chunk, vocabulary)
-        targets = tokens[:, 1 + begin : 1 + begin + logits.shape[1]].to(logits.device)
-        of_chunk = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        losses.append(of_chunk.view_as(targets).cpu().double())
+    losses, begin = [], 1
+    for logits in logits_in_parts(model, hidden[:, :-1]):  # (B, S-1, d) predict tokens[:, 1:]
+        targets = tokens[:, begin : begin + logits.shape[1]].to(logits.device)
+        of_part = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        losses.append(of_part.view_as(targets).cpu().double())
+        begin += logits.shape[1]
     return torch.cat(losses, dim=1)
+
+
+def logits_in_parts(model: LanguageModel, hidden: Tensor) -> Iterator[Tensor]:
+    """The logits (B, part, vocabulary) of last hidden states (B, S, d), of a chunk of positions at a time."""
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+    for part in hidden.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden))), dim=1):
+        yield model.logits(part)
 
 
 def sparsity_by_matrix(model: LanguageModel) -> dict[str, float]:

@@ -15,7 +15,7 @@ from .activations import Activations, Store
 from .blocks import replaced_forward
 from .errors import RunError
 from .model import FEW, LanguageModel, Matrix
-from .precision import mixed_precision
+from .precision import mixed_precision, passing
 from .progress import progress
 from .route import Leaf
 from .stream import ENTRY, Stream
@@ -36,22 +36,20 @@ def visit_gradients(
     block: forward, what each block gives being held in `store`, and then back.
     """
     check_differentiable(model)
-    mine, on_gpu = ranks.mine(windows), model.device.type == "cuda"
-    if on_gpu:
+    mine = ranks.mine(windows)
+    if model.device.type == "cuda":
         batch_size = 1
     if model.streamed:
         _block_by_block(model, mine, visit, batch_size, store)
         return
-    passing, _ = _passing(model, lambda: model.hidden_states(mine[:1, :FEW]))
+    passes, _ = _passing(model, lambda: model.hidden_states(mine[:1, :FEW]))
     with ExitStack() as stack:
         stack.enter_context(_asked(model.matrices, visit))
-        for block in model.blocks if on_gpu else ():
-            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
-            stack.enter_context(replaced_forward(block, again))
+        stack.enter_context(frugal(model))
         with progress(None, "gradients", "window", total=len(mine)) as bar:
             for batch in mine.split(batch_size):
                 tokens = batch.to(model.device)
-                with torch.enable_grad(), passing():
+                with torch.enable_grad(), passes():
                     loss = _loss(model.own_logits(tokens), tokens)
                 loss.backward()
                 bar.update(len(tokens))
@@ -91,22 +89,27 @@ def _asked(matrices: Iterable[Matrix], visit: Visit) -> Iterator[None]:
         yield
 
 
-def _passing(model: LanguageModel, first: Callable[[], T]) -> tuple[Callable[[], AbstractContextManager], T]:
-    """In what precision passes are run, and what the `first` one gives: mixed, where the model's own code bears that.
-
-    Raises RunError where a float16 model's does not, whose gradients have no range without.
+@contextmanager
+def frugal(model: LanguageModel) -> Iterator[None]:
+    """While passes forth and back go through the model: of each block a GPU keeps its input only, and computes it again
+    on the way back.
     """
-    mixed = functools.partial(mixed_precision, model.model.dtype, model.device.type)
-    try:
-        with mixed():
-            return mixed, first()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # code that puts numbers of two types together where autocast has changed one
-        if model.model.dtype == torch.float16:
-            why = str(error).splitlines()[0]
-            raise RunError(f"--model {model.name}: its gradients need --dtype bfloat16 or float32 ({why})") from error
-    return nullcontext, first()
+    with ExitStack() as stack:
+        for block in model.blocks if model.device.type == "cuda" else ():
+            again = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            stack.enter_context(replaced_forward(block, again))
+        yield
+
+
+def _passing(model: LanguageModel, first: Callable[[], T]) -> tuple[Callable[[], AbstractContextManager], T]:
+    """In what precision passes are run, and what the `first` one gives.
+
+    Raises RunError for a float16 model whose code bears no mixed precision: its gradients have no range without.
+    """
+    passes, found = passing(functools.partial(mixed_precision, model.model.dtype, model.device.type), first)
+    if passes is nullcontext and model.model.dtype == torch.float16:
+        raise RunError(f"--model {model.name}: its gradients have no range in float16; try --dtype bfloat16 or float32")
+    return passes, found
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -116,13 +119,13 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_size: int, store: Store | None) -> None:
-    passing, stream = _passing(model, lambda: Stream(model, windows, min(batch_size, len(windows)), store, keep=True))
+    passes, stream = _passing(model, lambda: Stream(model, windows, min(batch_size, len(windows)), store, keep=True))
     for block in stream.visits:
         if stream.visits.count(block) > 1:
             raise _used_again(model, model.block_names[block])
-    visits, back = list(enumerate(stream.visits)), _Back(stream, passing)
+    visits, back = list(enumerate(stream.visits)), _Back(stream, passes)
     for number, block in progress(visits, "gradients, forward", "block"):
-        with model.resident_block(block), passing():
+        with model.resident_block(block), passes():
             stream.advance(number)
     for batch in progress(range(len(stream)), "gradients, loss", "batch"):
         back.from_loss(batch)
@@ -133,12 +136,12 @@ def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_s
 
 
 class _Back:
-    """The gradients with respect to what a stream has kept, from the loss backwards; the contexts that `passing` gives
-    are those of its passes.
+    """The gradients with respect to what a stream has kept, from the loss backwards; `passes` gives the contexts
+    of its passes.
     """
 
-    def __init__(self, stream: Stream, passing: Callable[[], AbstractContextManager]):
-        self._stream, self._passing = stream, passing
+    def __init__(self, stream: Stream, passes: Callable[[], AbstractContextManager]):
+        self._stream, self._passes = stream, passes
         self._gradients: dict[Leaf, Activations] = {}
 
     def from_loss(self, batch: int) -> None:
@@ -172,7 +175,7 @@ class _Back:
                 return value
             return asked.setdefault(leaf, value.detach().requires_grad_())
 
-        with torch.enable_grad(), self._passing():
+        with torch.enable_grad(), self._passes():
             pairs = [(value, gradient) for value, gradient in forward(given) if value.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))

@@ -8,24 +8,22 @@ from torch import Tensor
 from . import ranks, zero_shot
 from .analysis import note
 from .config import RunConfig
-from .data import calibration_windows, evaluation_windows, every_begins_with
+from .data import evaluation_windows, every_begins_with
 from .flags import Flags
-from .trials import on_trial
+from .windows import Windows, windows_of_text
 
 log = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-    """Each (windows, seqlen) token ids, or None where the run does not read it.
+    """Each None where the run does not read it.
 
-    calibration  what pruning and allocations see
-    held_out     drawn after those, for what is chosen
-    evaluation   what perplexity is measured on
-    tasks        what accuracy is measured on
+    windows     what pruning and recovery see; none yet where the model is to write them
+    evaluation  (windows, seqlen) token ids that perplexity is measured on
+    tasks       what accuracy is measured on
     """
 
-    calibration: Tensor | None
-    held_out: Tensor | None
+    windows: Windows
     evaluation: Tensor | None
     tasks: zero_shot.Tasks | None
 
@@ -35,22 +33,16 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
 
     Tasks that cannot be had, where others can, are noted in `events`.
     """
-    calibration = held_out = evaluation = None
+    evaluation = None
     tasks = read_tasks(config, tokenizer, events, config.stream)
-    if config.calibrated:
-        windows = calibration_windows(
-            config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-            held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
-        )  # fmt: skip
-        calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
-        ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
+    windows = windows_of_text(config, tokenizer, seqlen)
     if config.eval_wikitext:
         evaluation = evaluation_windows(
             config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
             cache_dir=config.cache_dir,
         )  # fmt: skip
         ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
-    return Inputs(calibration, held_out, evaluation, tasks)
+    return Inputs(windows, evaluation, tasks)
 
 
 def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = False) -> zero_shot.Tasks | None:

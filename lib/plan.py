@@ -1,4 +1,4 @@
-"""From flags to a sparsity for every matrix: what the allocation reads is measured, and its parameter chosen."""
+"""From flags to a sparsity for every matrix: what the allocation reads is measured, its parameter chosen; and done."""
 
 import contextlib
 import functools
@@ -9,14 +9,19 @@ from torch import Tensor
 
 from .activations import Store
 from .allocation import ALLOCATIONS, Problem, allocate
+from .analysis import note
 from .config import AUTO, RunConfig
+from .distillation import dense_targets, distil
 from .errors import RunError
 from .metrics import METRICS
 from .model import LanguageModel
 from .pruners import PRUNERS
 from .quality import allocation_scores
 from .sequential import prune_model
+from .stopwatch import Stopwatch
+from .storage import settle
 from .trials import Trials
+from .windows import Windows
 
 # What `auto` tries: of an allocation's parameter, in multiples of its default; and of --asymmetry.
 FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -115,3 +120,33 @@ def prune_to(
     if config.use_variant:
         pruner = pruner.variant
     prune_model(model, pruner, targets, config.pattern, windows, asymmetry=asymmetry, **rest)
+
+
+def carry_out(
+    config: RunConfig,
+    model: LanguageModel,
+    planned: Mapping,
+    windows: Windows,
+    *,
+    batch_size: int,
+    clock: Stopwatch,
+    events: list[dict],
+    **rest,
+) -> None:
+    """Prune to what `plan` gave, and train what is left as --recover says; `rest` are arguments of `prune_model`."""
+    block, targets = "block" in config.recover, planned["targets"]
+    dense, seen = None, windows.calibration
+    if block:
+        seen, rest["counted"] = windows.recovery, len(windows.calibration)
+    if "model" in config.recover and any(targets.values()):
+        with clock("targets"):
+            dense = dense_targets(model, windows.recovery, batch_size=batch_size)
+    prune_to(
+        config, model, targets, planned["asymmetry"], seen, recovery=block, batch_size=batch_size, clock=clock,
+        events=events, **rest,
+    )  # fmt: skip
+    if dense is not None:
+        with clock("recover"):
+            distil(model, dense, batch_size=batch_size)
+        for message in settle(model.state(), model.saved_as):
+            note(events, message)

@@ -1,9 +1,12 @@
 """In what type products of matrices are computed: exactly in float32, or for gradients in the processor's fast type."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def float32_products() -> str:
@@ -50,3 +53,18 @@ def mixed_precision(dtype: torch.dtype, device: str) -> torch.autocast:
     """
     fast = fast_type(device) if dtype == torch.float32 else torch.bfloat16
     return torch.autocast(device, dtype=fast, enabled=fast == torch.bfloat16)
+
+
+def passing(
+    mixed: Callable[[], AbstractContextManager], first: Callable[[], T]
+) -> tuple[Callable[[], AbstractContextManager], T]:
+    """What gives the context of a model's passes, and what the `first` one returns: `mixed`, or none where the model's
+    own code puts numbers of two types together once autocast has changed one (a few mixtures of experts).
+    """
+    try:
+        with mixed():
+            return mixed, first()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return nullcontext, first()

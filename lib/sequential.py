@@ -18,7 +18,7 @@ from .precision import exact_products
 from .progress import progress
 from .pruners import PRUNERS, Pruner
 from .pruners.asymmetry import aim
-from .recovery import recover
+from .recovery import RECIPE, recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
 from .storage import settle
@@ -43,6 +43,7 @@ def prune_model(
     commit: Callable[[int, dict[str, dict], list[dict]], None] | None = None,
     asymmetry: float = 0.0,
     recovery: bool = False,
+    counted: int | None = None,
     row_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
@@ -52,18 +53,19 @@ def prune_model(
     more zeros than their targets are appended to `events`. The first `done` blocks are pruned already and only
     run through; `commit(block, statistics, events)` is called when one more is. With `asymmetry` every matrix is first
     aimed at that part of the way to the dense model's output (lib/pruners/asymmetry.py); with `recovery` the weights
-    that every block has left are trained towards the dense block's output (lib/recovery.py). row_weights, by matrix
-    name (out,), multiply each output's error in what the pruner minimises (lib/fisher.py). Raises RunError with the
-    matrix's name for NaN or infinity.
+    that every block has left are trained towards the dense block's output (lib/recovery.py), on all of the windows,
+    while statistics are taken of the first `counted` only. row_weights, by matrix name (out,), multiply each output's
+    error in what the pruner minimises (lib/fisher.py). Raises RunError with the matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
     asked = any(targets.values())
     needs = pruner.needs if asked else "nothing"
-    if recovery and needs == "nothing" and asked:
-        needs = "diagonal"
+    if recovery and asked:
+        needs = "diagonal" if needs == "nothing" else needs
+        batch_size = RECIPE.batch(batch_size, counted or 0)
     steps = walk(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
-        cross=asymmetry > 0, dense=recovery or asymmetry > 0,
+        cross=asymmetry > 0, dense=recovery or asymmetry > 0, counted=counted,
     )  # fmt: skip
     seen: dict[str, dict] = {}  # of the block, what a commit records of its statistics
     found: list[dict] = []
@@ -91,7 +93,9 @@ def prune_model(
             with clock("recover"):
                 weights = {matrix.stored for matrix in whole}
                 others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
-                recover(whole, functools.partial(step.stream.output, step.visit), step.dense.hidden, others)
+                forward = functools.partial(step.stream.output, step.visit)
+                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, others)
+            log.info("block %d: error %.4f of the dense output, %.4f after training", block + 1, first, final)
         found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
         for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
             log.warning("%s", message)
@@ -203,6 +207,7 @@ def walk(
     done: int = 0,
     dense: bool = False,
     cross: bool = False,
+    counted: int | None = None,
 ) -> Iterator[Step]:
     """Yield a step for each block from `done` to the last; what one changes, the next one's inputs come from.
 
@@ -210,13 +215,13 @@ def walk(
     statistics of all uses; until then it is as it was. The blocks before `done` are run through as they are. With needs
     "nothing" no token is run. With `dense` the windows also go through the unchanged blocks, and with `cross` the
     statistics hold how the two belong together; a block then comes in stages, each with the inputs that the stages
-    before have left it.
+    before have left it. Statistics are of the first `counted` windows only, whole batches of every rank.
     """
     clock = clock or Stopwatch()
     stream = beside = None
     if needs != "nothing":
         with clock("calibrate"):
-            stream = Stream(model, ranks.mine(windows), batch_size, store)
+            stream = Stream(model, ranks.mine(windows), batch_size, store, counted=len(ranks.mine(windows[:counted])))
             beside = stream.copy() if dense else None
     held: dict[str, InputStats] = {}  # by name, of the uses met so far
     unseen: dict[str, str] = {}

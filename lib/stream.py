@@ -60,15 +60,18 @@ class Stream:
     route    the visits in order, each a call of one block, and what goes from one to the other
     hidden   the hidden state that the last visit gave
     batches  the windows (B, S)
+    windows  how many there are; statistics are of the first `counted` only
 
     What no later visit reads makes room for what comes, unless the stream is to `keep` all.
     """
 
     def __init__(
         self, model: LanguageModel, windows: Tensor | Sequence[Tensor], batch_size: int = 1, store: Store | None = None,
-        route: Route | None = None, keep: bool = False,
+        route: Route | None = None, keep: bool = False, counted: int | None = None,
     ):  # fmt: skip
         self.model, self.batches, self._store, self._keep = model, _batches(windows, batch_size), store, keep
+        self.windows = sum(map(len, self.batches))
+        self._counted = len(self.batches) if counted is None else -(-counted // batch_size)
         self.route = _follow(model, self.batches[0][:1]) if route is None else route
         self.hidden = Activations(model.device, _as_many_as_the_first(self.batches), store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
@@ -183,7 +186,7 @@ class Stream:
         writer = dense.writer if dense is not None and dense.writer in matrices else None
         collector = Collector(matrices, needs, cross=dense is not None, whole=writer is not None)
         module, hidden = self.block(visit), self.route.hidden[visit]
-        for batch in range(len(self)):
+        for batch in range(self._counted):
             with _watched([writer.module, dense.twins[writer.module]] if writer else []) as calls:
                 if dense is not None:
                     with collector.reference(dense.twins, dense.advances):
@@ -200,6 +203,9 @@ class Stream:
                 collector.stats[writer.name].add_residual(gap, x)
             if dense is not None and dense.advances:
                 dense.stream.receive(visit, batch, beside)
+        if dense is not None and dense.advances:
+            for batch in range(self._counted, len(self)):
+                dense.stream.receive(visit, batch, dense.leaves(batch))
         return collector.finish(), collector.reasons(module)
 
     @torch.no_grad()

@@ -469,6 +469,8 @@ def commands() -> None:
         "wanda --stream": {"stream": True, "save_model": "streamed"},
         "wanda_owl": {},
         "wanda --recover block": {"recover": "block", **few},
+        "wanda --recover model": {"recover": "model", **few},
+        "wanda --calib_data self": {"calib_data": "self", **few},
         "sparsegpt --fisher --asymmetry": {"fisher": 0.5, "asymmetry": 0.5, **few},
         "alps": {},
         "wanda_lsa": few,

@@ -30,15 +30,16 @@ from lib import cli, results, zero_shot
 from lib.allocation import ALLOCATIONS
 from lib.analysis import score
 from lib.config import RunConfig
-from lib.data import calibration_windows, evaluation_windows, every_begins_with
+from lib.data import evaluation_windows, every_begins_with
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
-from lib.plan import plan, prune_to
+from lib.plan import carry_out, plan
 from lib.quality import allocation_scores
 from lib.stopwatch import Stopwatch
+from lib.windows import windows_of_model, windows_of_text
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -87,7 +88,16 @@ def settings(config: RunConfig) -> str:
     """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in ("ww_metric", *config.options, "mapping_type", "use_variant", "asymmetry", "fisher", "recover")
+        for name in (
+            "ww_metric",
+            *config.options,
+            "mapping_type",
+            "use_variant",
+            "asymmetry",
+            "fisher",
+            "recover",
+            "recover_nsamples",
+        )
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )
 
@@ -99,7 +109,7 @@ def run_key(config: RunConfig) -> str:
 
 def _windows_of(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
-    return config.seed, config.nsamples, config.calib_data, config.add_bos
+    return config.seed, config.nsamples, config.calibrated, config.calib_data, config.add_bos
 
 
 class Board:
@@ -314,13 +324,12 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._remember(
-            "windows", config.held_out, *_windows_of(config),
-            measure=lambda: calibration_windows(
-                config.calib_data, self._tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed,
-                held_out=config.held_out, add_bos=config.add_bos, cache_dir=config.cache_dir,
-            ),
+            "windows", config.held_out, config.further, *_windows_of(config),
+            measure=lambda: windows_of_model(config, self._model, config.seqlen)
+            if config.writes_own_text
+            else windows_of_text(config, self._tokenizer, config.seqlen),
         )  # fmt: skip
-        calibration, held_out = windows[: config.nsamples], windows[config.nsamples :]
+        calibration = windows.calibration
 
         reset_peak()
         self._saved = 0.0
@@ -331,13 +340,13 @@ class Runner:
             with clock("allocate"):
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
-                    config, self._model, metrics, calibration, held_out, row_weights=rows, batch_size=batch,
+                    config, self._model, metrics, calibration, windows.held_out, row_weights=rows, batch_size=batch,
                     remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
-                prune_to(
-                    config, self._model, planned["targets"], planned["asymmetry"], calibration, row_weights=rows,
-                    batch_size=batch, recovery=config.recover == "block", clock=clock, events=events,
+                carry_out(
+                    config, self._model, planned, windows, row_weights=rows, batch_size=batch, clock=clock,
+                    events=events,
                 )  # fmt: skip
             found = self.evaluate(config)
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))

@@ -23,8 +23,8 @@ DECIDING = {
     "device": "cpu", "dtype": "bfloat16", "trust_remote_code": True, "ww_metric_cache": "scores",
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
-    "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True, "tasks": ("piqa",),
-    "task_limit": 9,
+    "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
+    "tasks": ("piqa",), "task_limit": 9,
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -108,6 +108,17 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
     assert (config.pruner, config.allocation) == (pruner, allocation)
 
 
+def test_windows_of_recovery(configure):
+    """Beside --nsamples as many again, or what is asked for; only a block's are held while blocks are pruned."""
+    assert (configure(nsamples=16).further, configure(nsamples=16).streamed_windows) == (0, 16)
+    assert configure(recover="model", nsamples=16).further == 16
+    both = configure(recover=("model", "block"), nsamples=16, recover_nsamples=20)
+    assert (both.recover, both.further, both.streamed_windows) == (("block", "model"), 4, 20)
+    assert configure(recover="model", nsamples=16).streamed_windows == 16
+    assert configure(prune_method="magnitude", recover="block").calibrated
+    assert configure(recover_nsamples=1).without_effect() == ["--recover_nsamples"]
+
+
 # ---------------------------------------------------------------- the run's name
 
 
@@ -122,6 +133,7 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
             {"prune_method": "alps", "asymmetry": 0.25, "search_strength": 1.0, "fisher": 0.5, "recover": "block"},
             "alps-0.5-asymmetry0.25-fisher0.5-recover_block-seed0",
         ),
+        ({"prune_method": "wanda", "recover": ("model", "block")}, "wanda-0.5-recover_block_model-seed0"),
         ({"prune_method": "magnitude", "sparsity_type": "2:4"}, "magnitude-0.5-2of4-seed0"),
     ],
 )

@@ -53,6 +53,24 @@ def test_windows_held_out_follow_and_share_no_token(tokenizer, tmp_path):
         calibration_windows(str(path), tokenizer, nsamples=8, seqlen=30, seed=3, held_out=60)
 
 
+def test_further_windows_are_new_where_there_is_room(tokenizer, tmp_path, caplog):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 400))))  # no character twice
+    settings = {"nsamples": 3, "seqlen": 30, "seed": 3, "held_out": 2}
+    plain = calibration_windows(str(path), tokenizer, **settings)
+    starts = {}
+    for further in (3, 40):
+        found = calibration_windows(str(path), tokenizer, **settings, further=further)
+        assert found.shape == (5 + further, 30)
+        assert torch.equal(found[:5], plain)
+        starts[further] = [joined_at(ids(tokenizer, path.read_text()), window) for window in found]
+        for i in range(5, 5 + further):
+            assert all(abs(starts[further][i] - start) >= 30 for start in starts[further][3:5])
+    assert all(abs(starts[3][i] - other) >= 30 for i in range(5, 8) for other in starts[3][:i])
+    assert starts[40][:8] == starts[3]
+    assert "of the windows that recovery trains on overlap others" in caplog.text
+
+
 def joined_at(tokens: torch.Tensor, window: torch.Tensor) -> int:
     return next(i for i in range(len(tokens)) if torch.equal(tokens[i : i + len(window)], window))
 

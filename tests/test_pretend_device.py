@@ -21,6 +21,7 @@ from lib import (
     results,
 )
 from lib.activations import Store
+from lib.distillation import dense_targets, distil
 from lib.fisher import row_fisher, row_weights
 from lib.graphs import captured
 from lib.load import load_model, open_model
@@ -130,6 +131,13 @@ def rows(model: LanguageModel, tmp_path) -> dict:
     )
 
 
+def distilled(model: LanguageModel, tmp_path) -> dict:
+    dense = dense_targets(model, tiny_tokens(), batch_size=2)
+    pruned(model, tmp_path, PRUNERS["wanda"])
+    distil(model, dense, batch_size=2)
+    return outcome(model)
+
+
 def searched(model: LanguageModel, _tmp_path, store: Store | None = None) -> dict:
     def prune(goals, asymmetry, windows, commit) -> None:
         more = {"asymmetry": asymmetry, "commit": commit, "store": store}
@@ -194,6 +202,7 @@ STEPS = {
     "fisher": rows,
     "recovery": functools.partial(pruned, pruner=PRUNERS["wanda"], recovery=True),
     "recovery, asymmetry": functools.partial(pruned, pruner=PRUNERS["sparsegpt"], asymmetry=0.5, recovery=True),
+    "distillation": distilled,
     "search": searched,
     "saving": saved,
     "streaming, fisher and search": gradients_streamed,

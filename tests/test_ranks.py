@@ -80,7 +80,8 @@ def record_of(out: Path) -> dict:
         (3, "mixtral", "sparsegpt_ww", ["--stream"]),
         (2, "llama", "magnitude_ww", []),
         (2, "llama", "wanda_owl", ["--stream"]),
-        (2, "mixtral", "wanda", ["--recover", "block", "--nsamples", "4"]),  # every step has all windows on any rank
+        (2, "mixtral", "wanda", ["--recover", "block", "--nsamples", "4"]),
+        (2, "llama", "wanda", ["--recover", "block", "model", "--recover_nsamples", "17"]),
         (2, "llama", "sparsegpt", ["--asymmetry", "0.5", "--fisher", "0.5"]),
         (2, "llama", "wanda_ww", ["--epsilon", "auto", "--nsamples", "12"]),
         (2, "llama", "wanda_search", ["--nsamples", "16"]),  # its strength does better than uniform by far

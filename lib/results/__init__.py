@@ -1,6 +1,6 @@
 """Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
 
-from .cache import MetricCache, metric_folder
+from .cache import MetricCache, keep_text, known_text, metric_folder
 from .checkpoint import MARK, as_safetensors, describe_checkpoint, save_checkpoint
 from .finetuned import (
     TrainingState,
@@ -39,6 +39,8 @@ __all__ = [
     "describe_checkpoint",
     "finetuned_record",
     "finetuned_summary",
+    "keep_text",
+    "known_text",
     "layer_records",
     "metric_folder",
     "prepare",

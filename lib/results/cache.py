@@ -1,12 +1,18 @@
-"""The metric cache: one JSON file a metric, keyed by what its values depend on, written as it grows."""
+"""What is kept from run to run, keyed by what it depends on: metric values, one JSON file a metric, written as it
+grows; and the text that a model has written.
+"""
 
+import hashlib
 import json
 import logging
 import time
 from pathlib import Path
 
 import numpy
+import torch
+from torch import Tensor
 
+from .. import ranks
 from ..config import RunConfig
 from ..errors import RunError
 from ..model import LanguageModel
@@ -101,3 +107,25 @@ class MetricCache:
         log.warning(message)
         self.events.append({"matrix": None, "message": message})
         return dict(zip(names, values.tolist(), strict=True))
+
+
+def _text_path(config: RunConfig, settings: dict) -> Path:
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.cache_dir) / "own_text" / f"{key}.json"
+
+
+def known_text(config: RunConfig, settings: dict) -> Tensor | None:
+    """The windows (n, seqlen) that a model has written with these settings, if there are any."""
+    path = _text_path(config, settings)
+    try:
+        cache = ranks.from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+        if cache is None or cache["settings"] != settings:
+            return None
+        return torch.tensor(cache["windows"], dtype=torch.int64).view(-1, settings["seqlen"])
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        raise RunError(f"--cache_dir {config.cache_dir}: {path} is not a model's text; remove it") from error
+
+
+def keep_text(config: RunConfig, settings: dict, windows: Tensor) -> None:
+    """Put the windows where `known_text` finds them."""
+    write_text(_text_path(config, settings), json.dumps({"settings": settings, "windows": windows.tolist()}) + "\n")

@@ -1,0 +1,97 @@
+"""The dense model's own text: windows that it samples itself, where no data set is at hand or is of its domain."""
+
+import hashlib
+import logging
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from . import ranks, tokens
+from .errors import RunError, reason_of
+from .model import LanguageModel
+from .progress import progress
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 16_384  # tokens of the windows that are sampled together
+
+
+def own_text(
+    model: LanguageModel, count: int, *, seqlen: int, seed: int = 0, add_bos: str = "once", known: Tensor | None = None
+) -> Tensor:
+    """At least `count` windows of `seqlen` tokens, each sampled from the model at temperature 1; (n, seqlen), int64.
+
+    A window begins as the tokenizer begins a text, with BOS where `add_bos` is "every"; where that is nothing, with a
+    token drawn from the vocabulary. What follows the end of a text is the model's own as well. The windows are the
+    first of a series that depends on the model, the seed and the other settings alone: `known` are those that are
+    there already. Ranks share the work. Raises RunError for a model that cannot generate.
+    """
+    each, known = max(1, AT_ONCE // seqlen), torch.empty(0, seqlen, dtype=torch.int64) if known is None else known
+    batches = range(len(known) // each, -(-count // each))
+    front = _front(model, add_bos)[: seqlen - 1]
+    with _plain_generation(model):
+        mine = [
+            (batch, _sampled(model, front, each, seqlen, f"{seed} {batch}"))
+            for batch in progress(batches[ranks.rank() :: ranks.size()], "the model's own text", "batch")
+        ]
+    written = dict(pair for pairs in ranks.gather(mine) for pair in pairs)
+    return torch.cat([known, *(written[batch] for batch in batches)])
+
+
+def _front(model: LanguageModel, add_bos: str) -> list[int]:
+    if model.tokenizer is None:
+        return []
+    if add_bos != "every":
+        return tokens.beginning(model.tokenizer)
+    bos = tokens.bos(model.tokenizer)
+    if bos is None:
+        raise RunError("--add_bos every: the model's tokenizer has no BOS; leave it at once")
+    return [bos]
+
+
+def _sampled(model: LanguageModel, front: list[int], count: int, seqlen: int, seed: str) -> Tensor:
+    """(count, seqlen), on the host."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big", signed=True)
+    with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
+        torch.manual_seed(number)
+        begun = torch.tensor(front).expand(count, -1) if front else torch.randint(_vocabulary(model), (count, 1))
+        begun = begun.to(model.device)
+        try:
+            with torch.no_grad():
+                found = model.model.generate(
+                    begun, attention_mask=torch.ones_like(begun), max_new_tokens=seqlen - begun.shape[1]
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code may raise
+            raise RunError(
+                f"--calib_data self: {type(model.model).__name__} cannot sample a text ({reason_of(error)}); "
+                "calibrate on a corpus"
+            ) from error
+    if found.shape != (count, seqlen):
+        raise RunError(
+            f"--calib_data self: {type(model.model).__name__} gives {found.shape[1]} tokens where {seqlen} were asked "
+            "for; calibrate on a corpus"
+        )
+    return found.cpu()
+
+
+def _vocabulary(model: LanguageModel) -> int:
+    """Tokens that there are; a model may have rows for more."""
+    rows = model.model.get_input_embeddings().weight.shape[0]
+    return rows if model.tokenizer is None else min(rows, len(model.tokenizer))
+
+
+@contextmanager
+def _plain_generation(model: LanguageModel):
+    """While the model's own generation configuration is out of the way: no token is favoured, and none ends a text."""
+    own = getattr(model.model, "generation_config", None)
+    model.model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+    )
+    try:
+        yield
+    finally:
+        model.model.generation_config = own

@@ -1,0 +1,128 @@
+"""Recovery of the whole model: the divergence, the optimisation that it is, and what it leaves alone."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from test_checkpoints import run
+from tiny import tiny_model, tiny_tokens
+from toy import Block, Toy
+
+from lib import PRUNERS, LanguageModel, Pattern, distillation, find_source, own_text, precision, prune_model
+from lib.distillation import dense_targets, distil, log_probabilities
+from lib.load import load_model
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, rate=3e-3))
+
+
+def pruned(model: LanguageModel, group: int | None = None) -> LanguageModel:
+    prune_model(model, PRUNERS["magnitude"], {m.name: 0.5 for m in model.matrices}, Pattern(group))
+    return model
+
+
+def test_log_probabilities_of_a_few_tokens_and_the_rest():
+    """By hand: of probabilities 1/2, 1/4, 1/8, 1/8 the two largest and what is left; far out nothing is infinite."""
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log() + 3
+    found = log_probabilities(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(found.exp(), torch.tensor([0.25, 0.5, 0.25]))
+    assert log_probabilities(torch.tensor([0.0, 1e4, 0.0]), torch.tensor([1])).isfinite().all()
+
+
+@pytest.mark.parametrize("kept", [32, 95])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gemma2", "gpt2"])
+def test_targets_are_the_models_own_distribution(architecture, kept, monkeypatch):
+    monkeypatch.setattr(distillation, "KEPT", kept)
+    model, tokens = LanguageModel(tiny_model(architecture)), tiny_tokens(5)
+    targets = dense_targets(model, tokens, batch_size=2)
+    with torch.no_grad():
+        probabilities = model.model(tokens).logits.double().softmax(-1)
+    largest = probabilities.topk(kept).values
+    torch.testing.assert_close(targets.log_probs[..., :-1].double().exp(), largest, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(targets.log_probs[..., -1].double().exp(), 1 - largest.sum(-1), rtol=1e-3, atol=1e-6)
+    assert torch.equal(targets.windows, tokens)
+
+
+def test_training_is_that_of_a_reference(monkeypatch):
+    """A toy whose whole vocabulary but one is kept: the exact divergence, in float64 by autograd and torch's Adam."""
+    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "KEPT", 95)
+    hf, tokens = Toy([Block(), Block()]), tiny_tokens(7, 10)
+    hf.get_output_embeddings = lambda: hf.lm_head
+    model, recipe = LanguageModel(hf), distillation.RECIPE
+    targets = dense_targets(model, tokens, batch_size=3)
+    with torch.no_grad():
+        dense = hf.double()(tokens).logits.log_softmax(-1)
+    pruned(LanguageModel(hf.float()))
+    reference = copy.deepcopy(hf).double()
+    means = distil(model, targets, batch_size=3)
+
+    weights = [layer.inner[index].weight.requires_grad_(True) for layer in reference.model.layers for index in (0, 2)]
+    kept, adam = [weight != 0 for weight in weights], torch.optim.Adam(weights, eps=1e-8)
+    total = 0.0
+    for place, step in enumerate(torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()):
+        part = slice(2 * step, 2 * step + 2)
+        adam.zero_grad()
+        own = reference(tokens[part]).logits.log_softmax(-1)
+        loss = (dense[part].exp() * (dense[part] - own)).sum()
+        loss.backward()
+        total += float(loss.detach())
+        for weight, mask in zip(weights, kept, strict=True):
+            weight.grad *= mask
+        adam.param_groups[0]["lr"] = recipe.rate * recipe.factor(place, 4)
+        adam.step()
+    assert means == [pytest.approx(total / tokens.numel(), rel=1e-4)]
+    found = [layer.inner[index].weight for layer in hf.model.layers for index in (0, 2)]
+    for one, other in zip(found, weights, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral", "zamba", "rwkv"])
+def test_the_model_comes_closer_and_the_rest_stays(architecture, dtype):
+    if architecture in ("zamba", "rwkv") and dtype != torch.float32:
+        pytest.skip("once")
+    model, tokens = LanguageModel(tiny_model(architecture).to(dtype)), tiny_tokens(16)
+    targets = dense_targets(model, tokens, batch_size=4)
+    pruned(model, group=4)
+    zeros = {matrix: matrix.weight == 0 for matrix in model.matrices}
+    trained = {id(matrix.stored) for matrix in model.matrices}
+    others = {name: p.clone() for name, p in model.model.named_parameters() if id(p) not in trained}
+
+    def divergence() -> float:
+        with torch.no_grad():
+            logits = model.model(tokens).logits
+        own = log_probabilities(logits, targets.ids.long())
+        return float((targets.log_probs.exp() * (targets.log_probs - own)).sum() / tokens.numel())
+
+    before = divergence()
+    distil(model, targets, batch_size=2)
+    assert divergence() < 0.9 * before
+    assert all(torch.equal(matrix.weight == 0, mask) for matrix, mask in zeros.items())
+    now = dict(model.model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in others.items())
+    assert {p.dtype for p in model.model.parameters()} == {dtype}
+    assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
+
+
+def test_a_run_recovers_on_the_models_own_text(tmp_path, monkeypatch):
+    """The whole command in memory: its stages, its zeros, saved weights that are those it measured."""
+    monkeypatch.setattr(own_text, "AT_ONCE", 96)
+    tiny_model("llama_tied").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    options = {
+        "nsamples": 4, "calib_data": "self", "recover": ("model", "block"), "recover_nsamples": 6, "dtype": "float32",
+        "sparsity_ratio": None, "sparsity_type": "2:4",
+    }  # fmt: skip
+    record, saved = run(tmp_path, "recovered", **options)
+    assert {"sample", "targets", "recover", "prune"} <= record["seconds"].keys()
+    assert record["config"]["recover"] == ["block", "model"]
+    assert all(layer["sparsity"] == 0.5 for layer in record["layers"])
+    plain, _ = run(tmp_path, "plain", **{**options, "recover": "none", "recover_nsamples": None})
+    assert record["perplexity"]["pruned"] != plain["perplexity"]["pruned"]
+    model = load_model(find_source(str(saved)), "cpu", "float32")
+    for matrix in model.matrices:
+        assert ((matrix.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()
+        assert torch.equal(matrix.weight, matrix.weight.bfloat16().float())
