@@ -83,7 +83,7 @@ def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
 
     rates = [1e-2 * (0.2 + 0.8 * (1 + torch.cos(torch.tensor(torch.pi * k / 4)).item()) / 2) for k in range(4)]
     expected = adam_by_hand(weight, gradient, rates, kept)
-    wanted = Activations(model.device, 6, 2, None)
+    wanted = Activations(model.device, 3, None)
     for batch in range(3):
         wanted.put(batch, y[2 * batch : 2 * batch + 2])
     first, last = recovery.recover([matrix], lambda b: x[2 * b : 2 * b + 2] @ matrix.module.weight.T, wanted, 6)
