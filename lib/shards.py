@@ -221,6 +221,7 @@ class ShardedModel(LanguageModel):
         self._device = torch.device(device)
         self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
+        self._held: set[str] = set()  # what keeps its values for good
         self._on_trial: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
@@ -285,7 +286,7 @@ class ShardedModel(LanguageModel):
 
     @contextmanager
     def _resident(self, names: list[str], upto: int | None = None):
-        places = {name: self._place(name, upto) for name in names}
+        places = {name: self._place(name, upto) for name in names if name not in self._held}
         try:
             for shards in {shards for shards, _ in places.values()}:
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
@@ -295,10 +296,10 @@ class ShardedModel(LanguageModel):
                     _get(self.model, alias).copy_(self._on_trial[alias])
             yield
         finally:
-            self._shards.drop({*names, *(alias for _, alias in places.values())})
-            for name in names:  # one still, though without values
-                for alias in self._names(name)[1:]:
-                    _set(self.model, alias, _get(self.model, self._names(name)[0]))
+            self._shards.drop({*places, *(alias for _, alias in places.values())} - self._held)
+            for name in places:  # one still, though mostly without values
+                for alias in self._names(name):
+                    _set(self.model, alias, _get(self.model, name))
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):
@@ -323,6 +324,9 @@ class ShardedModel(LanguageModel):
             yield changed
         finally:
             self._on_trial = {}
+
+    def hold(self, names: Iterable[str]) -> None:
+        self._held |= {alias for name in names for alias in self._names(name)}
 
     @contextmanager
     def resident_in_forward(self, index: int):

@@ -1,0 +1,197 @@
+"""Vector instructions inside numba's kernels: a vector type, and operations on it that LLVM has.
+
+numba has no vectors of its own. Each operation is given the LLVM values of its arguments and says what to make of
+them; addresses are int64.
+"""
+
+import inspect
+from types import SimpleNamespace
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+BIT, BYTE, HALF_WORD, WORD, LONG, FLOAT = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
+ADDRESS, MASK = types.int64, types.uint32
+
+
+class Vector(types.Type):
+    """`count` values of an LLVM type in a register."""
+
+    def __init__(self, count: int, element: ir.Type):
+        self.llvm = ir.VectorType(element, count)
+        super().__init__(name=f"Vector({self.llvm})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector: Vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+def operation(result: types.Type, *arguments: types.Type):
+    """Makes a function of numba out of one that is called with the LLVM builder and its arguments' values."""
+
+    def made_of(emit):
+        def typed(_context, *_given):
+            return result(*arguments), lambda _context, builder, _signature, values: emit(builder, *values)
+
+        typed.__name__, typed.__signature__ = emit.__name__, inspect.signature(emit)  # where numba counts arguments
+        return intrinsic(typed)
+
+    return made_of
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value, **options) -> ir.Value:
+    """Of one of LLVM's intrinsic functions."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values, **options)
+
+
+def filled(vector: ir.VectorType, number: float) -> ir.Constant:
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    width = 4 if isinstance(element, ir.FloatType) else element.width // 8
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=width)
+
+
+@operation(types.int64, ADDRESS)
+def load_long(builder, address):
+    return load(builder, address, LONG)
+
+
+@operation(types.uint32, ADDRESS)
+def load_mask(builder, address):
+    return load(builder, address, WORD)
+
+
+@operation(types.uint16, ADDRESS)
+def load_half_word(builder, address):
+    return load(builder, address, HALF_WORD)
+
+
+@operation(types.float32, ADDRESS)
+def load_float(builder, address):
+    return load(builder, address, FLOAT)
+
+
+@operation(types.void, ADDRESS, types.float32)
+def store_float(builder, address, value):
+    builder.store(value, builder.inttoptr(address, FLOAT.as_pointer()), align=4)
+    return ir.Constant(BYTE.as_pointer(), None)
+
+
+@operation(types.void, ADDRESS, types.uint16)
+def store_half_word(builder, address, value):
+    builder.store(value, builder.inttoptr(address, HALF_WORD.as_pointer()), align=2)
+    return ir.Constant(BYTE.as_pointer(), None)
+
+
+@operation(types.int64, ADDRESS, types.int64)
+def take(builder, address, count):
+    """Adds to a number that several threads add to; what it was before."""
+    return builder.atomic_rmw("add", builder.inttoptr(address, LONG.as_pointer()), count, "monotonic")
+
+
+@operation(types.int64, MASK)
+def ones(builder, mask):
+    return builder.zext(builder.ctpop(mask), LONG)
+
+
+@operation(types.float32, types.uint16)
+def from_bfloat16(builder, value):
+    return builder.bitcast(builder.shl(builder.zext(value, WORD), WORD(16)), FLOAT)
+
+
+@operation(types.float32, types.uint16)
+def from_float16(builder, value):
+    return builder.fpext(builder.bitcast(value, ir.HalfType()), FLOAT)
+
+
+def of(count: int) -> SimpleNamespace:
+    """Operations on `count` numbers at a time.
+
+    zero, multiply_add, total    of floats
+    load_floats, load_values     from an address; values have 16 bits
+    store_values                 to an address
+    bfloat16, float16            values to floats
+    """
+    floats, values = Vector(count, FLOAT), Vector(count, HALF_WORD)
+    words = ir.VectorType(WORD, count)
+
+    @operation(floats)
+    def zero(_builder):
+        return filled(floats.llvm, 0.0)
+
+    @operation(floats, floats, floats, floats)
+    def multiply_add(builder, a, b, c):
+        return call(builder, f"llvm.fma.v{count}f32", floats.llvm, a, b, c)
+
+    @operation(types.float32, floats)
+    def total(builder, vector):
+        reduce = f"llvm.vector.reduce.fadd.v{count}f32"
+        return call(builder, reduce, FLOAT, ir.Constant(FLOAT, 0.0), vector, fastmath=("reassoc",))
+
+    @operation(floats, ADDRESS)
+    def load_floats(builder, address):
+        return load(builder, address, floats.llvm)
+
+    @operation(values, ADDRESS)
+    def load_values(builder, address):
+        return load(builder, address, values.llvm)
+
+    @operation(types.void, ADDRESS, values)
+    def store_values(builder, address, vector):
+        builder.store(vector, builder.inttoptr(address, values.llvm.as_pointer()), align=2)
+        return ir.Constant(BYTE.as_pointer(), None)
+
+    @operation(floats, values)
+    def bfloat16(builder, vector):
+        return builder.bitcast(builder.shl(builder.zext(vector, words), filled(words, 16)), floats.llvm)
+
+    @operation(floats, values)
+    def float16(builder, vector):
+        return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), count)), floats.llvm)
+
+    made = (zero, multiply_add, total, load_floats, load_values, store_values, bfloat16, float16)
+    return SimpleNamespace(**{each.__name__: each for each in made})
+
+
+_FLOATS_16, _VALUES_32, _VALUES_8 = Vector(16, FLOAT), Vector(32, HALF_WORD), Vector(8, HALF_WORD)
+
+
+@operation(_FLOATS_16, _FLOATS_16, MASK)
+def expand_floats(builder, vector, mask):
+    """The first floats moved to where the 16 low bits of the mask are set, and zeros elsewhere. AVX-512F."""
+    bits = builder.bitcast(builder.trunc(mask, HALF_WORD), ir.VectorType(BIT, 16))
+    kind = _FLOATS_16.llvm
+    return call(builder, "llvm.x86.avx512.mask.expand.v16f32", kind, vector, filled(kind, 0.0), bits)
+
+
+@operation(_VALUES_32, _VALUES_32, MASK)
+def expand_values(builder, vector, mask):
+    """The first values moved to where the mask is set, and zeros elsewhere. AVX-512 VBMI2."""
+    bits, kind = builder.bitcast(mask, ir.VectorType(BIT, 32)), _VALUES_32.llvm
+    return call(builder, "llvm.x86.avx512.mask.expand.v32i16", kind, vector, filled(kind, 0), bits)
+
+
+@operation(_FLOATS_16, _FLOATS_16, _VALUES_32, _VALUES_32)
+def add_products(builder, sums, a, b):
+    """Adds to each of 16 sums the products of two neighbours, of bfloat16. AVX-512 BF16."""
+    pairs = ir.VectorType(WORD, 16)
+    a, b = builder.bitcast(a, pairs), builder.bitcast(b, pairs)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS_16.llvm, sums, a, b)
+
+
+@operation(_VALUES_8, _VALUES_8, ADDRESS)
+def shuffle_values(builder, vector, address):
+    """Bytes moved to where the 16 bytes at the address say, zeros where those have their highest bit. SSSE3."""
+    kind = ir.VectorType(BYTE, 16)
+    moved = call(
+        builder, "llvm.x86.ssse3.pshuf.b.128", kind, builder.bitcast(vector, kind), load(builder, address, kind)
+    )
+    return builder.bitcast(moved, _VALUES_8.llvm)
