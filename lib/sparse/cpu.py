@@ -11,7 +11,8 @@ from torch import Tensor
 from . import kernels, threads
 from .format import WORD, Packed
 
-STRIP = 4 << 20  # bytes of a matrix that are unpacked at a time, to stay in the caches
+STRIP = 1 << 20  # weights of a matrix that are unpacked at a time, to stay in the caches
+AT_ONCE = 8  # most tokens that share a pass over a row: as many as there are registers for
 CHUNKS = 16  # parts of a matrix for each thread: one that is held up leaves them to the others
 
 _TABLE = kernels.shuffles()
@@ -39,40 +40,43 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
         high = x.to(torch.bfloat16)
         low = torch.where(high.isfinite(), x.float() - high.float(), 0).to(torch.bfloat16)
         x = torch.cat([high, low])
-    x = _whole_words(x.to(variant.reads), packed)
+    x, at_once = _padded(x.to(variant.reads), packed.words * WORD)
     out = torch.empty(len(x), packed.rows)
-    function = kernels.compiled(variant, packed.kind)[0]
+    function = kernels.compiled_product(variant, packed.kind, at_once)
     _run(function, packed, packed.rows, out, {
         kernels.TOKENS: len(x), kernels.X: x.data_ptr(), kernels.X_BYTES: x.shape[1] * x.element_size(),
     })  # fmt: skip
-    return out[:tokens] + out[tokens:] if split else out
+    return out[:tokens] + out[tokens : 2 * tokens] if split else out[:tokens]
 
 
 def product(packed: Packed, x: Tensor) -> Tensor:
     """The same for many tokens, in the dtype of x: strips of the matrix are unpacked, and multiplied as any are."""
-    function = kernels.compiled(variant_for(packed.kind), packed.kind)[1]
+    function = kernels.compiled_unpacking(variant_for(packed.kind), packed.kind)
     width = packed.words * WORD
-    strip = max(1, min(packed.rows, STRIP // (2 * width)))
-    buffer = _buffer(strip * width)
-    parts = []
+    strip = max(1, min(packed.rows, STRIP // max(1, width)))
+    unpacked, parts = _buffer(packed.kind, strip * width), []
+    weights = unpacked if x.dtype == packed.kind else _buffer(x.dtype, strip * width)
     for first in range(0, packed.rows, strip):
         rows = min(strip, packed.rows - first)
-        _run(function, packed, rows, buffer, {kernels.FIRST: first})
-        weight = buffer[: rows * width].view(packed.kind).view(rows, width)[:, : packed.columns]
-        parts.append(F.linear(x, weight.to(x.dtype)))
+        _run(function, packed, rows, unpacked, {kernels.FIRST: first})
+        if weights is not unpacked:
+            weights[: rows * width].copy_(unpacked[: rows * width])
+        parts.append(F.linear(x, weights[: rows * width].view(rows, width)[:, : packed.columns]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _whole_words(x: Tensor, packed: Packed) -> Tensor:
-    missing = packed.words * WORD - packed.columns
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+def _padded(x: Tensor, width: int) -> tuple[Tensor, int]:
+    """x with zeros behind, such that it has whole words and as many tokens as are taken at once, or a multiple."""
+    at_once = min(AT_ONCE, 1 << (len(x) - 1).bit_length())
+    missing = width - x.shape[1], -len(x) % at_once
+    return (F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x.contiguous()), at_once
 
 
-def _buffer(numbers: int) -> Tensor:
-    """Memory of this thread that is used again and again."""
-    found = getattr(_scratch, "buffer", None)
+def _buffer(dtype: torch.dtype, numbers: int) -> Tensor:
+    """Memory of this thread that is used again and again: fresh pages would cost as much as the product."""
+    found = _scratch.__dict__.get(dtype)
     if found is None or len(found) < numbers:
-        found = _scratch.buffer = torch.empty(numbers, dtype=torch.int16)
+        found = _scratch.__dict__[dtype] = torch.empty(numbers, dtype=dtype)
     return found
 
 

@@ -28,7 +28,10 @@ def semi_structured(module: nn.Module, weight: Tensor) -> nn.Linear:
 
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
-    raise NotImplementedError
+    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
+    from .gpu_kernel import multiply as by_kernel  # Triton comes with torch's build for CUDA only
+
+    return by_kernel(packed, x)
 
 
 def product(packed: Packed, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from numba import cfunc, njit, types
 
 from . import vectors
 from .format import KINDS
-from .vectors import load_half_word, load_long, load_mask, ones, store_float, store_half_word, take
+from .vectors import load_half_word, load_long, load_mask, ones, store_half_word, take
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
@@ -22,40 +22,40 @@ AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 @dataclass(frozen=True)
 class Variant:
     """A way to compute: `needs` are features of the processor, `reads` is the dtype of the vector, `make` gives for a
-    kind of values two functions: row(values, mask, x, words, table), the product; unpack(values, mask, out, words,
-    table).
+    kind of values and a number of tokens two functions: row(values, mask, x, x_bytes, words, table, out, out_bytes),
+    the products of a row with so many tokens, of x_bytes each; unpack(values, mask, out, words, table).
     """
 
     name: str
     needs: frozenset[str]
     kinds: tuple[torch.dtype, ...]
     reads: torch.dtype
-    make: Callable[[torch.dtype], tuple[Callable, Callable]]
+    make: Callable[[torch.dtype, int], tuple[Callable, Callable]]
 
 
 def _name(kind: torch.dtype) -> str:
     return str(kind).removeprefix("torch.")
 
 
-def _avx512_bf16(_kind: torch.dtype):
+def _avx512_bf16(_kind: torch.dtype, tokens: int):
     """32 values expanded in one register, and their products summed in pairs."""
-    lanes, sixteen = vectors.of(32), vectors.of(16)
-    zero, total, load_values, store_values = sixteen.zero, sixteen.total, lanes.load_values, lanes.store_values
-    expand, add_products = vectors.expand_values, vectors.add_products
+    lanes, sums = vectors.of(32), vectors.of_bfloat16(tokens)
+    zero, add, store, load_values, store_values = sums.zero, sums.add, sums.store, lanes.load, lanes.store
+    expand = vectors.expand_values
 
-    def row(values, mask, x, words, _table):
+    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
         even, odd = zero(), zero()
         for word in range(0, words - 1, 2):  # two sums, as one would wait for itself
             bits = load_mask(mask + 4 * word)
-            even = add_products(even, expand(load_values(values), bits), load_values(x + 64 * word))
+            even = add(even, expand(load_values(values), bits), x + 64 * word, x_bytes)
             values += 2 * ones(bits)
             bits = load_mask(mask + 4 * word + 4)
-            odd = add_products(odd, expand(load_values(values), bits), load_values(x + 64 * word + 64))
+            odd = add(odd, expand(load_values(values), bits), x + 64 * word + 64, x_bytes)
             values += 2 * ones(bits)
         if words % 2:
             bits = load_mask(mask + 4 * (words - 1))
-            even = add_products(even, expand(load_values(values), bits), load_values(x + 64 * (words - 1)))
-        return total(even) + total(odd)
+            even = add(even, expand(load_values(values), bits), x + 64 * (words - 1), x_bytes)
+        store(even, odd, out, out_bytes)
 
     def unpack(values, mask, out, words, _table):
         for word in range(words):
@@ -66,52 +66,43 @@ def _avx512_bf16(_kind: torch.dtype):
     return row, unpack
 
 
-def _avx512(kind: torch.dtype):
+def _avx512(kind: torch.dtype, tokens: int):
     """16 values widened to float32, and expanded."""
-    lanes = vectors.of(16)
-    zero, total, multiply_add = lanes.zero, lanes.total, lanes.multiply_add
-    load_values, load_floats, widen = lanes.load_values, lanes.load_floats, getattr(lanes, _name(kind))
+    lanes, sums = vectors.of(16), vectors.of_floats(tokens, 16)
+    zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
     expand = vectors.expand_floats
 
-    def row(values, mask, x, words, _table):
+    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
         low, high = zero(), zero()
         for word in range(words):
             bits = load_mask(mask + 4 * word)
-            low = multiply_add(expand(widen(load_values(values)), bits), load_floats(x + 128 * word), low)
+            low = add(low, expand(widen(load_values(values)), bits), x + 128 * word, x_bytes)
             values += 2 * ones(numpy.uint32(bits & numpy.uint32(0xFFFF)))
             bits = numpy.uint32(bits >> numpy.uint32(16))
-            high = multiply_add(expand(widen(load_values(values)), bits), load_floats(x + 128 * word + 64), high)
+            high = add(high, expand(widen(load_values(values)), bits), x + 128 * word + 64, x_bytes)
             values += 2 * ones(bits)
-        return total(low) + total(high)
+        store(low, high, out, out_bytes)
 
-    return row, _avx2(kind)[1]
+    return row, _avx2(kind, 1)[1]
 
 
-def _avx2(kind: torch.dtype):
+def _avx2(kind: torch.dtype, tokens: int):
     """8 values moved to their places by a table of 256 shuffles, and widened to float32."""
-    lanes = vectors.of(8)
-    zero, total, multiply_add = lanes.zero, lanes.total, lanes.multiply_add
-    load_values, load_floats, widen = lanes.load_values, lanes.load_floats, getattr(lanes, _name(kind))
-    shuffle, store_values = vectors.shuffle_values, lanes.store_values
+    lanes, sums = vectors.of(8), vectors.of_floats(tokens, 8)
+    zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
+    shuffle, store_values = vectors.shuffle_values, lanes.store
 
-    def row(values, mask, x, words, table):
-        a, b = zero(), zero()
-        for word in range(words):
-            bits = load_mask(mask + 4 * word)
-            for part in range(0, 4, 2):
-                byte = numpy.uint32(bits & numpy.uint32(0xFF))
-                a = multiply_add(
-                    widen(shuffle(load_values(values), table + 16 * byte)), load_floats(x + 128 * word + 32 * part), a
-                )
-                values += 2 * ones(byte)
-                byte = numpy.uint32((bits >> numpy.uint32(8)) & numpy.uint32(0xFF))
-                b = multiply_add(
-                    widen(shuffle(load_values(values), table + 16 * byte)),
-                    load_floats(x + 128 * word + 32 * part + 32), b,
-                )  # fmt: skip
-                values += 2 * ones(byte)
-                bits = numpy.uint32(bits >> numpy.uint32(16))
-        return total(a) + total(b)
+    def row(values, mask, x, x_bytes, words, table, out, out_bytes):
+        even, odd = zero(), zero()
+        for half in range(2 * words):
+            bits = numpy.uint32(load_half_word(mask + 2 * half))
+            byte = numpy.uint32(bits & numpy.uint32(0xFF))
+            even = add(even, widen(shuffle(load_values(values), table + 16 * byte)), x + 64 * half, x_bytes)
+            values += 2 * ones(byte)
+            byte = numpy.uint32(bits >> numpy.uint32(8))
+            odd = add(odd, widen(shuffle(load_values(values), table + 16 * byte)), x + 64 * half + 32, x_bytes)
+            values += 2 * ones(byte)
+        store(even, odd, out, out_bytes)
 
     def unpack(values, mask, out, words, table):
         for word in range(words):
@@ -125,22 +116,22 @@ def _avx2(kind: torch.dtype):
     return row, unpack
 
 
-def _plain(kind: torch.dtype):
+def _plain(kind: torch.dtype, tokens: int):
     """One weight at a time, on any processor."""
-    widen = getattr(vectors, f"from_{_name(kind)}")
-    load_float = vectors.load_float
+    widen, load_float, store_float = getattr(vectors, f"from_{_name(kind)}"), vectors.load_float, vectors.store_float
 
-    def row(values, mask, x, words, _table):
-        total = numpy.float32(0)
-        for word in range(words):
-            bits = load_mask(mask + 4 * word)
-            for lane in range(32):
-                weight = numpy.float32(0)
-                if bits >> numpy.uint32(lane) & numpy.uint32(1):
-                    weight = widen(load_half_word(values))
-                    values += 2
-                total += weight * load_float(x + 128 * word + 4 * lane)
-        return total
+    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
+        for token in range(tokens):
+            total, place = numpy.float32(0), values
+            for word in range(words):
+                bits = load_mask(mask + 4 * word)
+                for lane in range(32):
+                    weight = numpy.float32(0)
+                    if bits >> numpy.uint32(lane) & numpy.uint32(1):
+                        weight = widen(load_half_word(place))
+                        place += 2
+                    total += weight * load_float(x + token * x_bytes + 128 * word + 4 * lane)
+            store_float(out + token * out_bytes, total)
 
     def unpack(values, mask, out, words, _table):
         for word in range(words):
@@ -169,13 +160,12 @@ _JOB = types.void(types.int64)
 
 
 @functools.cache
-def compiled(variant: Variant, kind: torch.dtype):
-    """Two C functions of a job's address, the product and the unpacking, that any number of threads may run at once:
-    each takes so many rows as are a chunk until there are none left.
-
-    Product: out (TOKENS, ROWS) float32 of x (TOKENS, ...). Unpacking: rows from FIRST on, into out (ROWS, 32 WORDS).
+def compiled_product(variant: Variant, kind: torch.dtype, at_once: int):
+    """A C function of a job's address: out (TOKENS, ROWS) float32 of x (TOKENS, ...), `at_once` tokens at a time, of
+    which TOKENS is a multiple. Any number of threads may run it at once: each takes a chunk of rows until there are
+    none left.
     """
-    row, unpack = map(njit, variant.make(kind))
+    row = njit(variant.make(kind, at_once)[0])
 
     @cfunc(_JOB)
     def multiply(job):
@@ -189,8 +179,17 @@ def compiled(variant: Variant, kind: torch.dtype):
                 break
             for i in range(begin, min(begin + chunk, rows)):
                 own, mask = values + 2 * load_long(offsets + 8 * i), masks + 4 * words * i
-                for token in range(tokens):  # the row lies in the cache from the first on
-                    store_float(out + 4 * (token * rows + i), row(own, mask, x + token * x_bytes, words, table))
+                for token in range(0, tokens, at_once):  # the row lies in the cache from the first on
+                    to = out + 4 * (token * rows + i)
+                    row(own, mask, x + token * x_bytes, x_bytes, words, table, to, 4 * rows)
+
+    return multiply
+
+
+@functools.cache
+def compiled_unpacking(variant: Variant, kind: torch.dtype):
+    """Likewise: rows from FIRST on, into out (ROWS, 32 WORDS)."""
+    unpack = njit(variant.make(kind, 1)[1])
 
     @cfunc(_JOB)
     def expand(job):
@@ -205,7 +204,7 @@ def compiled(variant: Variant, kind: torch.dtype):
                 own, mask = values + 2 * load_long(offsets + 8 * (first + i)), masks + 4 * words * (first + i)
                 unpack(own, mask, out + 64 * words * i, words, table)
 
-    return multiply, expand
+    return expand
 
 
 def shuffles() -> numpy.ndarray:

@@ -5,6 +5,7 @@ them; addresses are int64.
 """
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from llvmlite import ir
@@ -14,6 +15,7 @@ from numba.extending import intrinsic, models, register_model
 
 BIT, BYTE, HALF_WORD, WORD, LONG, FLOAT = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
 ADDRESS, MASK = types.int64, types.uint32
+NOTHING = ir.Constant(BYTE.as_pointer(), None)  # what numba has for None
 
 
 class Vector(types.Type):
@@ -82,13 +84,13 @@ def load_float(builder, address):
 @operation(types.void, ADDRESS, types.float32)
 def store_float(builder, address, value):
     builder.store(value, builder.inttoptr(address, FLOAT.as_pointer()), align=4)
-    return ir.Constant(BYTE.as_pointer(), None)
+    return NOTHING
 
 
 @operation(types.void, ADDRESS, types.uint16)
 def store_half_word(builder, address, value):
     builder.store(value, builder.inttoptr(address, HALF_WORD.as_pointer()), align=2)
-    return ir.Constant(BYTE.as_pointer(), None)
+    return NOTHING
 
 
 @operation(types.int64, ADDRESS, types.int64)
@@ -112,33 +114,77 @@ def from_float16(builder, value):
     return builder.fpext(builder.bitcast(value, ir.HalfType()), FLOAT)
 
 
-def of(count: int) -> SimpleNamespace:
-    """Operations on `count` numbers at a time.
+class Sums(types.Type):
+    """A vector of `lanes` float32 for each of so many tokens."""
 
-    zero, multiply_add, total    of floats
-    load_floats, load_values     from an address; values have 16 bits
-    store_values                 to an address
-    bfloat16, float16            values to floats
+    def __init__(self, tokens: int, lanes: int):
+        self.llvm = ir.ArrayType(ir.VectorType(FLOAT, lanes), tokens)
+        super().__init__(name=f"Sums({self.llvm})")
+
+
+register_model(Sums)(_VectorModel)
+
+
+def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNamespace:
+    """What accumulates a row's products with several tokens at once, each weight being read once.
+
+    zero()                              sums, all zero
+    add(sums, weights, x, x_bytes)      with weights times what lies at x, and x_bytes further on for the next token;
+                                        add(builder, sum, weights, address) is how one of them is formed
+    store(sums, others, out, out_bytes) the total over the lanes of both for each token
+    """
+    sums = Sums(tokens, lanes)
+    each, number = sums.llvm.element, ir.Constant(FLOAT, 0.0)
+
+    @operation(sums)
+    def zero(_builder):
+        return ir.Constant(sums.llvm, [filled(each, 0.0)] * tokens)
+
+    @operation(sums, sums, weights, ADDRESS, types.int64)
+    def add_row(builder, row, weight, x, x_bytes):
+        for token in range(tokens):
+            row = builder.insert_value(row, add(builder, builder.extract_value(row, token), weight, x), token)
+            x = builder.add(x, x_bytes)
+        return row
+
+    @operation(types.void, sums, sums, ADDRESS, types.int64)
+    def store(builder, row, other, out, out_bytes):
+        for token in range(tokens):
+            both = builder.fadd(builder.extract_value(row, token), builder.extract_value(other, token))
+            value = call(builder, f"llvm.vector.reduce.fadd.v{lanes}f32", FLOAT, number, both, fastmath=("reassoc",))
+            builder.store(value, builder.inttoptr(out, FLOAT.as_pointer()), align=4)
+            out = builder.add(out, out_bytes)
+        return NOTHING
+
+    return SimpleNamespace(zero=zero, add=add_row, store=store)
+
+
+def of_floats(tokens: int, lanes: int) -> SimpleNamespace:
+    """Sums whose weights are float32, as the tokens are."""
+    floats = ir.VectorType(FLOAT, lanes)
+
+    def add(builder, total, weight, x):
+        return call(builder, f"llvm.fma.v{lanes}f32", floats, weight, load(builder, x, floats), total)
+
+    return sums_of(tokens, lanes, Vector(lanes, FLOAT), add)
+
+
+def of_bfloat16(tokens: int) -> SimpleNamespace:
+    """Sums of products of 32 weights and 32 numbers of each token in bfloat16, added in pairs. AVX-512 BF16."""
+    pairs, name = ir.VectorType(WORD, 16), "llvm.x86.avx512bf16.dpbf16ps.512"
+
+    def add(builder, total, weight, x):
+        return call(builder, name, total.type, total, builder.bitcast(weight, pairs), load(builder, x, pairs))
+
+    return sums_of(tokens, 16, Vector(32, HALF_WORD), add)
+
+
+def of(count: int) -> SimpleNamespace:
+    """Operations on `count` values of 16 bits at a time: load and store at an address; bfloat16 and float16, which
+    widen them to float32.
     """
     floats, values = Vector(count, FLOAT), Vector(count, HALF_WORD)
     words = ir.VectorType(WORD, count)
-
-    @operation(floats)
-    def zero(_builder):
-        return filled(floats.llvm, 0.0)
-
-    @operation(floats, floats, floats, floats)
-    def multiply_add(builder, a, b, c):
-        return call(builder, f"llvm.fma.v{count}f32", floats.llvm, a, b, c)
-
-    @operation(types.float32, floats)
-    def total(builder, vector):
-        reduce = f"llvm.vector.reduce.fadd.v{count}f32"
-        return call(builder, reduce, FLOAT, ir.Constant(FLOAT, 0.0), vector, fastmath=("reassoc",))
-
-    @operation(floats, ADDRESS)
-    def load_floats(builder, address):
-        return load(builder, address, floats.llvm)
 
     @operation(values, ADDRESS)
     def load_values(builder, address):
@@ -147,7 +193,7 @@ def of(count: int) -> SimpleNamespace:
     @operation(types.void, ADDRESS, values)
     def store_values(builder, address, vector):
         builder.store(vector, builder.inttoptr(address, values.llvm.as_pointer()), align=2)
-        return ir.Constant(BYTE.as_pointer(), None)
+        return NOTHING
 
     @operation(floats, values)
     def bfloat16(builder, vector):
@@ -157,8 +203,7 @@ def of(count: int) -> SimpleNamespace:
     def float16(builder, vector):
         return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), count)), floats.llvm)
 
-    made = (zero, multiply_add, total, load_floats, load_values, store_values, bfloat16, float16)
-    return SimpleNamespace(**{each.__name__: each for each in made})
+    return SimpleNamespace(load=load_values, store=store_values, bfloat16=bfloat16, float16=float16)
 
 
 _FLOATS_16, _VALUES_32, _VALUES_8 = Vector(16, FLOAT), Vector(32, HALF_WORD), Vector(8, HALF_WORD)
@@ -177,14 +222,6 @@ def expand_values(builder, vector, mask):
     """The first values moved to where the mask is set, and zeros elsewhere. AVX-512 VBMI2."""
     bits, kind = builder.bitcast(mask, ir.VectorType(BIT, 32)), _VALUES_32.llvm
     return call(builder, "llvm.x86.avx512.mask.expand.v32i16", kind, vector, filled(kind, 0), bits)
-
-
-@operation(_FLOATS_16, _FLOATS_16, _VALUES_32, _VALUES_32)
-def add_products(builder, sums, a, b):
-    """Adds to each of 16 sums the products of two neighbours, of bfloat16. AVX-512 BF16."""
-    pairs = ir.VectorType(WORD, 16)
-    a, b = builder.bitcast(a, pairs), builder.bitcast(b, pairs)
-    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS_16.llvm, sums, a, b)
 
 
 @operation(_VALUES_8, _VALUES_8, ADDRESS)
