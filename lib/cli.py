@@ -37,7 +37,7 @@ RELIEF = {
 KEPT, KEPT_STREAMING = 32 << 20, 8 << 20  # bytes of the largest tensors whose memory is used again
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, and not the usage as well."""
         raise RunError(message.removeprefix("argument "))
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The command line as a RunConfig. Raises RunError for anything that cannot be honoured."""
-    parser = _Parser(
+    parser = Parser(
         prog="main.py", description="Layer-wise pruning of large language models (AlphaPruning).", allow_abbrev=False
     )
     types = typing.get_type_hints(RunConfig)

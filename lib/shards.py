@@ -326,7 +326,13 @@ class ShardedModel(LanguageModel):
             self._on_trial = {}
 
     def hold(self, names: Iterable[str]) -> None:
-        self._held |= {alias for name in names for alias in self._names(name)}
+        for name in names:
+            value = _get(self.model, name)
+            own = value.detach().clone()  # and no view of a file, all of which would count as memory
+            own = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+            for alias in self._names(name):
+                _set(self.model, alias, own)
+                self._held.add(alias)
 
     @contextmanager
     def resident_in_forward(self, index: int):

@@ -52,7 +52,7 @@ def sparse_model(
                 if layer := _converted(matrix, threshold, account):
                     pending[matrix] = layer
             packed = {id(matrix.stored) for matrix in pending}
-            model.hold(name for name, value in model.block_state(index).items() if id(value) not in packed)
+            model.hold([name for name, value in model.block_state(index).items() if id(value) not in packed])
         if not model.streamed:  # layers that have gone are asked for when other blocks are read
             _replace(model.model, pending)
             pending = {}
@@ -63,14 +63,20 @@ def sparse_model(
     return model.model
 
 
+def own_dtype(source: Source, device: str, dtype: str = "auto") -> torch.dtype:
+    """What `auto` is for a model that generates: bfloat16 where the checkpoint is, else as for one to prune."""
+    own = load_config(source).dtype
+    return torch.bfloat16 if dtype == "auto" and own == torch.bfloat16 else choose_dtype(dtype, device, own)
+
+
 def _opened(source: Source, device: str, dtype: str) -> LanguageModel:
-    device, own = choose_device(device), load_config(source).dtype
-    if dtype == "auto" and own == torch.bfloat16:
-        dtype = "bfloat16"
+    device = choose_device(device)
+    dtype = str(own_dtype(source, device, dtype)).removeprefix("torch.")
     if source.gguf:  # is not read in parts
         return load_model(source, device, dtype)
-    model = open_model(source, device, str(choose_dtype(dtype, device, own)).removeprefix("torch."))
+    model = open_model(source, device, dtype)
     model.load_rest()
+    model.hold(model.rest())
     return model
 
 
@@ -117,12 +123,12 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
         layer = cuda.semi_structured(module, weight)
         after = weight.numel() * weight.element_size() * 9 // 16
     else:
-        packed = pack(weight)
-        few = few_tokens(packed, weight) if threshold is None else 1
-        if not few:
+        layer = SparseLinear(pack(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed)
+        if threshold is None:
+            layer.few = few_tokens(layer, weight)
+        if not layer.few:
             return account.dense["as fast with their zeros"].append(matrix.name)
-        layer = SparseLinear(packed, getattr(module, "bias", None), weight.dtype, few, matrix.transposed)
-        after = packed.bytes
+        after = layer.packed.bytes
     account.packed += 1
     account.before += weight.numel() * weight.element_size()
     account.after += after

@@ -34,17 +34,17 @@ def variant_for(kind: torch.dtype) -> kernels.Variant:
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
-    variant, tokens = variant_for(packed.kind), len(x)
+    variant, tokens = variant_for(packed.kind), x.shape[0]
     split = variant.reads == torch.bfloat16 and x.dtype != torch.bfloat16
     if split:  # in two parts of 8 bits each
         high = x.to(torch.bfloat16)
         low = torch.where(high.isfinite(), x.float() - high.float(), 0).to(torch.bfloat16)
         x = torch.cat([high, low])
     x, at_once = _padded(x.to(variant.reads), packed.words * WORD)
-    out = torch.empty(len(x), packed.rows)
+    out = torch.empty(x.shape[0], packed.rows)
     function = kernels.compiled_product(variant, packed.kind, at_once)
     _run(function, packed, packed.rows, out, {
-        kernels.TOKENS: len(x), kernels.X: x.data_ptr(), kernels.X_BYTES: x.shape[1] * x.element_size(),
+        kernels.TOKENS: x.shape[0], kernels.X: x.data_ptr(), kernels.X_BYTES: x.shape[1] * x.element_size(),
     })  # fmt: skip
     return out[:tokens] + out[tokens : 2 * tokens] if split else out[:tokens]
 
@@ -67,8 +67,8 @@ def product(packed: Packed, x: Tensor) -> Tensor:
 
 def _padded(x: Tensor, width: int) -> tuple[Tensor, int]:
     """x with zeros behind, such that it has whole words and as many tokens as are taken at once, or a multiple."""
-    at_once = min(AT_ONCE, 1 << (len(x) - 1).bit_length())
-    missing = width - x.shape[1], -len(x) % at_once
+    at_once = min(AT_ONCE, 1 << (x.shape[0] - 1).bit_length())
+    missing = width - x.shape[1], -x.shape[0] % at_once
     return (F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x.contiguous()), at_once
 
 

@@ -39,9 +39,9 @@ class Packed:
     def bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in (self.masks, self.values, self.offsets))
 
-    def to(self, device: torch.device | str) -> "Packed":
-        parts = (part.to(device) for part in (self.masks, self.values, self.offsets))
-        return Packed(*parts, self.columns, self.kind)
+    @property
+    def sparsity(self) -> float:
+        return 1 - (self.values.numel() - SPARE) / max(1, self.rows * self.columns)
 
     def dense(self) -> Tensor:
         """The matrix (rows, columns), in `kind`."""

@@ -14,7 +14,16 @@ CONFIGURATIONS = [(1, 32, 4), (2, 16, 2), (4, 16, 4), (4, 32, 8), (8, 8, 4), (8,
 
 @triton.jit
 def _multiply(
-    masks, values, offsets, x, out, rows, columns, words, ROWS: tl.constexpr, WORDS: tl.constexpr  # noqa: N803
+    masks,
+    values,
+    offsets,
+    x,
+    out,
+    rows,
+    columns,
+    words,
+    ROWS: tl.constexpr,  # noqa: N803
+    WORDS: tl.constexpr,  # noqa: N803
 ):
     """A strip of rows times one token: mask words, the count of values before each weight, values, products."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -56,10 +56,9 @@ class SparseLinear(nn.Module):
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        zeros = 1 - int(self.offsets[-1]) / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={zeros:.3f}, values={str(self.kind).removeprefix('torch.')}"
+            f"sparsity={self.packed.sparsity:.3f}, values={str(self.kind).removeprefix('torch.')}"
         )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -88,4 +87,4 @@ def multiply(packed: Packed, x: Tensor, few: int) -> Tensor:
     from . import cpu, cuda
 
     backend = cuda if x.is_cuda else cpu
-    return backend.multiply(packed, x) if 0 < len(x) <= few else backend.product(packed, x)
+    return backend.multiply(packed, x) if 0 < x.shape[0] <= few else backend.product(packed, x)
