@@ -1,9 +1,9 @@
 """Products with packed matrices on the CPU."""
 
+import ctypes
 import functools
 import threading
 
-import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,7 @@ AT_ONCE = 8  # most tokens that share a pass over a row: as many as there are re
 CHUNKS = 16  # parts of a matrix for each thread: one that is held up leaves them to the others
 
 _TABLE = kernels.shuffles()
+_Job = ctypes.c_int64 * kernels.FIELDS  # in the order of lib/sparse/kernels.py
 _scratch = threading.local()
 
 
@@ -29,7 +30,12 @@ def features() -> frozenset[str]:
 
 def variant_for(kind: torch.dtype) -> kernels.Variant:
     """The fastest that this processor can run on such values."""
-    return next(v for v in kernels.VARIANTS if kind in v.kinds and v.needs <= features())
+    return _fastest(kind, features())
+
+
+@functools.cache
+def _fastest(kind: torch.dtype, has: frozenset[str]) -> kernels.Variant:
+    return next(v for v in kernels.VARIANTS if kind in v.kinds and v.needs <= has)
 
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
@@ -43,10 +49,10 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
     x, at_once = _padded(x.to(variant.reads), packed.words * WORD)
     out = torch.empty(x.shape[0], packed.rows)
     function = kernels.compiled_product(variant, packed.kind, at_once)
-    _run(function, packed, packed.rows, out, {
-        kernels.TOKENS: x.shape[0], kernels.X: x.data_ptr(), kernels.X_BYTES: x.shape[1] * x.element_size(),
-    })  # fmt: skip
-    return out[:tokens] + out[tokens : 2 * tokens] if split else out[:tokens]
+    _run(function, packed, packed.rows, out, x)
+    if split:
+        return out[:tokens] + out[tokens : 2 * tokens]
+    return out if out.shape[0] == tokens else out[:tokens]
 
 
 def product(packed: Packed, x: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ def product(packed: Packed, x: Tensor) -> Tensor:
     weights = unpacked if x.dtype == packed.kind else _buffer(x.dtype, strip * width)
     for first in range(0, packed.rows, strip):
         rows = min(strip, packed.rows - first)
-        _run(function, packed, rows, unpacked, {kernels.FIRST: first})
+        _run(function, packed, rows, unpacked, first=first)
         if weights is not unpacked:
             weights[: rows * width].copy_(unpacked[: rows * width])
         parts.append(F.linear(x, weights[: rows * width].view(rows, width)[:, : packed.columns]))
@@ -80,13 +86,11 @@ def _buffer(dtype: torch.dtype, numbers: int) -> Tensor:
     return found
 
 
-def _run(function, packed: Packed, rows: int, out: Tensor, more: dict[int, int]) -> None:
-    job = numpy.zeros(kernels.FIELDS, dtype=numpy.int64)
-    for field, value in {
-        kernels.ROWS: rows, kernels.CHUNK: max(1, rows // (CHUNKS * torch.get_num_threads())),
-        kernels.WORDS: packed.words, kernels.MASKS: packed.masks.data_ptr(), kernels.VALUES: packed.values.data_ptr(),
-        kernels.OFFSETS: packed.offsets.data_ptr(), kernels.OUT: out.data_ptr(), kernels.TABLE: _TABLE.ctypes.data,
-        **more,
-    }.items():  # fmt: skip
-        job[field] = value
-    threads.run(function.address, job.ctypes.data)
+def _run(function, packed: Packed, rows: int, out: Tensor, x: Tensor | None = None, first: int = 0) -> None:
+    chunk = max(2, rows // (CHUNKS * torch.get_num_threads()))
+    tokens, x_address, x_bytes = (0, 0, 0) if x is None else (x.shape[0], x.data_ptr(), x.stride(0) * x.itemsize)
+    job = _Job(
+        0, rows, chunk, packed.words, tokens, packed.masks.data_ptr(), packed.values.data_ptr(),
+        packed.offsets.data_ptr(), x_address, out.data_ptr(), _TABLE.ctypes.data, first, x_bytes,
+    )  # fmt: skip
+    threads.run(function.address, ctypes.addressof(job))

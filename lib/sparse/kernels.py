@@ -1,4 +1,4 @@
-"""The CPU's inner loops, by what instructions there are: one row times a vector, and one row unpacked.
+"""The CPU's inner loops, by what instructions there are: two rows times vectors, and one row unpacked.
 
 All take addresses. Absent weights are multiplied as zeros, so that NaN and infinity in the vector do what they do in a
 dense product.
@@ -14,16 +14,19 @@ from numba import cfunc, njit, types
 
 from . import vectors
 from .format import KINDS
-from .vectors import load_half_word, load_long, load_mask, ones, store_half_word, take
+from .vectors import load_byte, load_half_word, load_long, load_mask, ones, store_half_word, take
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute: `needs` are features of the processor, `reads` is the dtype of the vector, `make` gives for a
-    kind of values and a number of tokens two functions: row(values, mask, x, x_bytes, words, table, out, out_bytes),
-    the products of a row with so many tokens, of x_bytes each; unpack(values, mask, out, words, table).
+    """A way to compute: `needs` are features of the processor, `reads` is the dtype of the vector.
+
+    make(kind of the values, tokens) gives two functions:
+    rows(values and mask of one, of another, x, x_bytes, words, table, out of one, of the other, out_bytes): the
+    products of two rows with so many tokens, which lie so many bytes apart;
+    unpack(values, mask, out, words, table).
     """
 
     name: str
@@ -43,19 +46,17 @@ def _avx512_bf16(_kind: torch.dtype, tokens: int):
     zero, add, store, load_values, store_values = sums.zero, sums.add, sums.store, lanes.load, lanes.store
     expand = vectors.expand_values
 
-    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
-        even, odd = zero(), zero()
-        for word in range(0, words - 1, 2):  # two sums, as one would wait for itself
-            bits = load_mask(mask + 4 * word)
-            even = add(even, expand(load_values(values), bits), x + 64 * word, x_bytes)
-            values += 2 * ones(bits)
-            bits = load_mask(mask + 4 * word + 4)
-            odd = add(odd, expand(load_values(values), bits), x + 64 * word + 64, x_bytes)
-            values += 2 * ones(bits)
-        if words % 2:
-            bits = load_mask(mask + 4 * (words - 1))
-            even = add(even, expand(load_values(values), bits), x + 64 * (words - 1), x_bytes)
-        store(even, odd, out, out_bytes)
+    def rows(one, one_mask, two, two_mask, x, x_bytes, words, _table, one_out, two_out, out_bytes):
+        first, second = zero(), zero()
+        for word in range(words):
+            bits = load_mask(one_mask + 4 * word)
+            first = add(first, expand(load_values(one), bits), x + 64 * word, x_bytes)
+            one += 2 * ones(bits)
+            bits = load_mask(two_mask + 4 * word)
+            second = add(second, expand(load_values(two), bits), x + 64 * word, x_bytes)
+            two += 2 * ones(bits)
+        store(first, one_out, out_bytes)
+        store(second, two_out, out_bytes)
 
     def unpack(values, mask, out, words, _table):
         for word in range(words):
@@ -63,7 +64,7 @@ def _avx512_bf16(_kind: torch.dtype, tokens: int):
             store_values(out + 64 * word, expand(load_values(values), bits))
             values += 2 * ones(bits)
 
-    return row, unpack
+    return rows, unpack
 
 
 def _avx512(kind: torch.dtype, tokens: int):
@@ -72,18 +73,19 @@ def _avx512(kind: torch.dtype, tokens: int):
     zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
     expand = vectors.expand_floats
 
-    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
-        low, high = zero(), zero()
-        for word in range(words):
-            bits = load_mask(mask + 4 * word)
-            low = add(low, expand(widen(load_values(values)), bits), x + 128 * word, x_bytes)
-            values += 2 * ones(numpy.uint32(bits & numpy.uint32(0xFFFF)))
-            bits = numpy.uint32(bits >> numpy.uint32(16))
-            high = add(high, expand(widen(load_values(values)), bits), x + 128 * word + 64, x_bytes)
-            values += 2 * ones(bits)
-        store(low, high, out, out_bytes)
+    def rows(one, one_mask, two, two_mask, x, x_bytes, words, _table, one_out, two_out, out_bytes):
+        first, second = zero(), zero()
+        for half in range(2 * words):
+            bits = numpy.uint32(load_half_word(one_mask + 2 * half))
+            first = add(first, expand(widen(load_values(one)), bits), x + 64 * half, x_bytes)
+            one += 2 * ones(bits)
+            bits = numpy.uint32(load_half_word(two_mask + 2 * half))
+            second = add(second, expand(widen(load_values(two)), bits), x + 64 * half, x_bytes)
+            two += 2 * ones(bits)
+        store(first, one_out, out_bytes)
+        store(second, two_out, out_bytes)
 
-    return row, _avx2(kind, 1)[1]
+    return rows, _avx2(kind, 1)[1]
 
 
 def _avx2(kind: torch.dtype, tokens: int):
@@ -92,46 +94,48 @@ def _avx2(kind: torch.dtype, tokens: int):
     zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
     shuffle, store_values = vectors.shuffle_values, lanes.store
 
-    def row(values, mask, x, x_bytes, words, table, out, out_bytes):
-        even, odd = zero(), zero()
-        for half in range(2 * words):
-            bits = numpy.uint32(load_half_word(mask + 2 * half))
-            byte = numpy.uint32(bits & numpy.uint32(0xFF))
-            even = add(even, widen(shuffle(load_values(values), table + 16 * byte)), x + 64 * half, x_bytes)
-            values += 2 * ones(byte)
-            byte = numpy.uint32(bits >> numpy.uint32(8))
-            odd = add(odd, widen(shuffle(load_values(values), table + 16 * byte)), x + 64 * half + 32, x_bytes)
-            values += 2 * ones(byte)
-        store(even, odd, out, out_bytes)
+    def rows(one, one_mask, two, two_mask, x, x_bytes, words, table, one_out, two_out, out_bytes):
+        first, second = zero(), zero()
+        for byte in range(4 * words):
+            bits = load_byte(one_mask + byte)
+            first = add(first, widen(shuffle(load_values(one), table + 16 * bits)), x + 32 * byte, x_bytes)
+            one += 2 * ones(bits)
+            bits = load_byte(two_mask + byte)
+            second = add(second, widen(shuffle(load_values(two), table + 16 * bits)), x + 32 * byte, x_bytes)
+            two += 2 * ones(bits)
+        store(first, one_out, out_bytes)
+        store(second, two_out, out_bytes)
 
     def unpack(values, mask, out, words, table):
-        for word in range(words):
-            bits = load_mask(mask + 4 * word)
-            for part in range(4):
-                byte = numpy.uint32(bits & numpy.uint32(0xFF))
-                store_values(out + 64 * word + 16 * part, shuffle(load_values(values), table + 16 * byte))
-                values += 2 * ones(byte)
-                bits = numpy.uint32(bits >> numpy.uint32(8))
+        for byte in range(4 * words):
+            bits = load_byte(mask + byte)
+            store_values(out + 16 * byte, shuffle(load_values(values), table + 16 * bits))
+            values += 2 * ones(bits)
 
-    return row, unpack
+    return rows, unpack
 
 
 def _plain(kind: torch.dtype, tokens: int):
     """One weight at a time, on any processor."""
     widen, load_float, store_float = getattr(vectors, f"from_{_name(kind)}"), vectors.load_float, vectors.store_float
 
-    def row(values, mask, x, x_bytes, words, _table, out, out_bytes):
+    @njit
+    def product(values, mask, x, words):
+        total = numpy.float32(0)
+        for word in range(words):
+            bits = load_mask(mask + 4 * word)
+            for lane in range(32):
+                weight = numpy.float32(0)
+                if bits >> numpy.uint32(lane) & numpy.uint32(1):
+                    weight = widen(load_half_word(values))
+                    values += 2
+                total += weight * load_float(x + 128 * word + 4 * lane)
+        return total
+
+    def rows(one, one_mask, two, two_mask, x, x_bytes, words, _table, one_out, two_out, out_bytes):
         for token in range(tokens):
-            total, place = numpy.float32(0), values
-            for word in range(words):
-                bits = load_mask(mask + 4 * word)
-                for lane in range(32):
-                    weight = numpy.float32(0)
-                    if bits >> numpy.uint32(lane) & numpy.uint32(1):
-                        weight = widen(load_half_word(place))
-                        place += 2
-                    total += weight * load_float(x + token * x_bytes + 128 * word + 4 * lane)
-            store_float(out + token * out_bytes, total)
+            store_float(one_out + token * out_bytes, product(one, one_mask, x + token * x_bytes, words))
+            store_float(two_out + token * out_bytes, product(two, two_mask, x + token * x_bytes, words))
 
     def unpack(values, mask, out, words, _table):
         for word in range(words):
@@ -143,7 +147,7 @@ def _plain(kind: torch.dtype, tokens: int):
                     values += 2
                 store_half_word(out + 64 * word + 2 * lane, weight)
 
-    return row, unpack
+    return rows, unpack
 
 
 VARIANTS = (  # the fastest first
@@ -165,7 +169,7 @@ def compiled_product(variant: Variant, kind: torch.dtype, at_once: int):
     which TOKENS is a multiple. Any number of threads may run it at once: each takes a chunk of rows until there are
     none left.
     """
-    row = njit(variant.make(kind, at_once)[0])
+    both = njit(variant.make(kind, at_once)[0])
 
     @cfunc(_JOB)
     def multiply(job):
@@ -177,11 +181,15 @@ def compiled_product(variant: Variant, kind: torch.dtype, at_once: int):
             begin = take(job + 8 * NEXT, chunk)
             if begin >= rows:
                 break
-            for i in range(begin, min(begin + chunk, rows)):
-                own, mask = values + 2 * load_long(offsets + 8 * i), masks + 4 * words * i
-                for token in range(0, tokens, at_once):  # the row lies in the cache from the first on
-                    to = out + 4 * (token * rows + i)
-                    row(own, mask, x + token * x_bytes, x_bytes, words, table, to, 4 * rows)
+            end = min(begin + chunk, rows)
+            half = (end - begin + 1) // 2
+            for i in range(begin, begin + half):  # each half is read in order, as caches expect it
+                j = min(i + half, end - 1)
+                one, two = values + 2 * load_long(offsets + 8 * i), values + 2 * load_long(offsets + 8 * j)
+                one_mask, two_mask = masks + 4 * words * i, masks + 4 * words * j
+                for token in range(0, tokens, at_once):  # the rows lie in the cache from the first on
+                    to, at = out + 4 * token * rows, x + token * x_bytes
+                    both(one, one_mask, two, two_mask, at, x_bytes, words, table, to + 4 * i, to + 4 * j, 4 * rows)
 
     return multiply
 

@@ -71,6 +71,11 @@ def load_mask(builder, address):
     return load(builder, address, WORD)
 
 
+@operation(MASK, ADDRESS)
+def load_byte(builder, address):
+    return builder.zext(load(builder, address, BYTE), WORD)
+
+
 @operation(types.uint16, ADDRESS)
 def load_half_word(builder, address):
     return load(builder, address, HALF_WORD)
@@ -131,7 +136,7 @@ def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNa
     zero()                              sums, all zero
     add(sums, weights, x, x_bytes)      with weights times what lies at x, and x_bytes further on for the next token;
                                         add(builder, sum, weights, address) is how one of them is formed
-    store(sums, others, out, out_bytes) the total over the lanes of both for each token
+    store(sums, out, out_bytes)         the total over the lanes for each token
     """
     sums = Sums(tokens, lanes)
     each, number = sums.llvm.element, ir.Constant(FLOAT, 0.0)
@@ -147,11 +152,11 @@ def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNa
             x = builder.add(x, x_bytes)
         return row
 
-    @operation(types.void, sums, sums, ADDRESS, types.int64)
-    def store(builder, row, other, out, out_bytes):
+    @operation(types.void, sums, ADDRESS, types.int64)
+    def store(builder, row, out, out_bytes):
         for token in range(tokens):
-            both = builder.fadd(builder.extract_value(row, token), builder.extract_value(other, token))
-            value = call(builder, f"llvm.vector.reduce.fadd.v{lanes}f32", FLOAT, number, both, fastmath=("reassoc",))
+            own, name = builder.extract_value(row, token), f"llvm.vector.reduce.fadd.v{lanes}f32"
+            value = call(builder, name, FLOAT, number, own, fastmath=("reassoc",))
             builder.store(value, builder.inttoptr(out, FLOAT.as_pointer()), align=4)
             out = builder.add(out, out_bytes)
         return NOTHING
