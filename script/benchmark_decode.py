@@ -61,7 +61,7 @@ def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]], int]:
-    """Each method as calls that take turns with its copies of the matrix, and up to how many tokens are the kernel's."""
+    """Each method as calls that take turns with its copies of the matrix; the most tokens that the kernel is given."""
     x, packed = torch.randn(batch, weight.shape[1]).bfloat16(), pack(weight)
     layer = SparseLinear(packed, None, torch.bfloat16)
     layer.few = few_tokens(layer, weight) or 1

@@ -3,15 +3,22 @@
 import copy
 import importlib.util
 import logging
+import re
+import sys
 
+import forking
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import save_file
+from test_bad_input import save_tokenizer
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 from torch import nn
 
 from lib import LanguageModel, RunError, save_checkpoint, sparse_model
+from lib.results.checkpoint import compressed_size
 from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, kernels, pack, threads
 
 HAS = cpu.features()
@@ -103,6 +110,7 @@ def test_size():
 def test_gpu_kernel(kind, monkeypatch):
     """On the CPU, by Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "lib.sparse.gpu_kernel", raising=False)
     for shape in ((1, 1), (9, 100), (3, 1100)):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
         exact = x.double() @ weight.double().T
@@ -281,3 +289,59 @@ def test_layers_that_do_more_stay(said):
 def test_a_folder_that_is_none():
     with pytest.raises(RunError, match="--model"):
         sparse_model("./no/such/folder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pruned checkpoint with a tokenizer."""
+    out = tmp_path_factory.mktemp("pruned")
+    model = prune(LanguageModel(tiny_model("llama")), 0.8)
+    save_checkpoint(model, out)
+    save_tokenizer(out)
+    return out
+
+
+def test_generate_compares(folder):
+    flags = ["--prompt", "w1 w2 w3", "--max_new_tokens", "5", "--compare", "--device", "cpu"]
+    done = forking.run("script/generate.py", ["--model", str(folder), *flags])
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert first == second  # the text
+    assert first.startswith("w")
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(("| s", "| d"))]
+    assert [row[0] for row in rows] == ["sparse", "dense"]
+    assert all(float(value) >= 0 for row in rows for value in row[1:])
+    assert re.search(r"(79|80)\.\d % zeros", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "w1"], "--model"),
+        (["--model", "no/such/place/at/all", "--prompt", "w1"], "--model no/such/place/at/all: neither"),
+        (["--model", "{}", "--prompt", ""], "--prompt: has no token"),
+        (["--model", "{}", "--prompt", "w1", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+        (["--model", "{}", "--prompt", "w1", "--max_new_tokens", "64"], "--prompt: its 1 tokens and --max_new_tokens"),
+        (["--model", "{}", "--prompt", "w1", "--dense", "--compare"], "--compare: does what --dense does"),
+        (["--model", "{}", "--prompt", "w1", "--device", "tpu"], "--device: 'tpu' is unknown"),
+        (["--model", "{}", "--prompt", "w1", "--dtype", "int8"], "--dtype: invalid choice"),
+    ],
+)
+def test_errors_of_generate_are_one_line(folder, flags, message):
+    done = forking.run("script/generate.py", [flag.format(folder) for flag in flags])
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("generate.py: error: ")
+    assert message in line
+    assert done.stdout == ""
+
+
+def test_compressed_size(tmp_path):
+    """Of samples as of the whole, for a file of 20 MB."""
+    weights = {f"w{i}": sparse_matrix(1000, 1000, torch.bfloat16, 0.1 * i) for i in range(10)}
+    save_file(weights, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    whole = pyarrow.Codec("zstd", compression_level=3).compress(data).size
+    size, compressed = compressed_size(tmp_path)
+    assert size == len(data)
+    assert compressed == pytest.approx(whole, rel=0.05)
