@@ -3,9 +3,9 @@
     python script/benchmark_decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
 
 For each shape, sparsity and batch: dense float32, dense bfloat16, torch's CSR (float32) and packed bfloat16, in turn,
-with nothing in the caches; medians. With --models, random Llamas of a billion parameters, of 70 and 80 % zeros, are
+with nothing in the caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70 and 80 % zeros, are
 written to SCRATCH and continue a text. OUT/products.csv and OUT/models.csv grow by a row as each is measured, and what
-they hold is not measured again; OUT/speedup.png is drawn from them.
+they hold is not measured again; OUT/table.md and OUT/speedup.png are made from them.
 """
 
 import argparse
@@ -102,7 +102,9 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
     found = {name: statistics.median(times) for name, times in seconds.items()}
     ceiling = 2 / bytes_a_weight(1 - float(weight.count_nonzero()) / weight.numel())
     row = {f"{name} ms": f"{1e3 * value:.4f}" for name, value in found.items()}
-    row |= {f"to {name}": f"{found[name] / found['packed']:.2f}" for name in ("bfloat16", "float32")}
+    for name in ("bfloat16", "float32"):  # turn by turn, as a machine's speed drifts
+        ratios = [other / own for other, own in zip(seconds[name], seconds["packed"], strict=True)]
+        row[f"to {name}"] = f"{statistics.median(ratios):.2f}"
     return {"shape": shape, "sparsity": sparsity, "batch": batch, **row, "ceiling": f"{ceiling:.2f}", "few": few}
 
 
@@ -163,6 +165,25 @@ def draw(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def tables(products: list[dict], models: list[dict]) -> str:
+    """Times as fast as dense bfloat16, and in brackets as dense float32, by batch; and the models."""
+    text = f"{products[0]['machine']}\n"
+    for batch in sorted({int(row["batch"]) for row in products}):
+        own = {(row["shape"], row["sparsity"]): row for row in products if int(row["batch"]) == batch}
+        shapes, sparsities = (list(dict.fromkeys(key[i] for key in own)) for i in (0, 1))
+        text += f"\nbatch {batch}\n\n| | {' | '.join(sparsities)} |\n{'|---' * (len(sparsities) + 1)}|\n"
+        for shape in shapes:
+            cells = (own.get((shape, sparsity)) for sparsity in sparsities)
+            told = [f"{row['to bfloat16']} ({row['to float32']})" if row else "" for row in cells]
+            text += f"| {shape} | {' | '.join(told)} |\n"
+        ceilings = {row["sparsity"]: row["ceiling"] for row in own.values()}
+        text += f"| ceiling by bytes | {' | '.join(ceilings[sparsity] for sparsity in sparsities)} |\n"
+    if models:
+        text += f"\n| {' | '.join(MODELS[:-1])} |\n{'|---' * (len(MODELS) - 1)}|\n"
+        text += "".join(f"| {' | '.join(row[name] for name in MODELS[:-1])} |\n" for row in models)
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -178,10 +199,12 @@ def main() -> None:
         options.out / "products.csv", PRODUCTS, PRODUCTS[:3], wanted, lambda *key: measure(*key, options.repeat)
     )
     draw(rows, options.out / "speedup.png")
+    models: list[dict] = []
     if options.models:
         held = [(s, h) for s in ("0.7", "0.8") for h in ("dense float32", "dense bfloat16", "sparse bfloat16")]
         make = lambda sparsity, held: generate(options.models / f"llama-{sparsity}", sparsity, held)  # noqa: E731
-        fill(options.out / "models.csv", MODELS, MODELS[:2], held, make)
+        models = fill(options.out / "models.csv", MODELS, MODELS[:2], held, make)
+    (options.out / "table.md").write_text(tables(rows, models))
 
 
 if __name__ == "__main__":

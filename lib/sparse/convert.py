@@ -43,6 +43,8 @@ def sparse_model(
     if isinstance(model, Source):
         model = _opened(model, device, dtype)
     elif not isinstance(model, LanguageModel):
+        if any(isinstance(module, SparseLinear) for module in model.modules()):
+            return model  # as it was made before
         model = LanguageModel(model)
     pending: dict[Matrix, SparseLinear] = {}
     account = _Account()
