@@ -3,9 +3,9 @@
     python script/benchmark_decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
 
 For each shape, sparsity and batch: dense float32, dense bfloat16, torch's CSR (float32) and packed bfloat16, in turn,
-with nothing in the caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70 and 80 % zeros, are
-written to SCRATCH and continue a text. OUT/products.csv and OUT/models.csv grow by a row as each is measured, and what
-they hold is not measured again; OUT/table.md and OUT/speedup.png are made from them.
+from memory and not from caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70
+and 80 % zeros, are written to SCRATCH and continue a text. OUT/products.csv and OUT/models.csv grow by a row as each is
+measured, and what they hold is not measured again; OUT/table.md and OUT/speedup.png are made from them.
 """
 
 import argparse
@@ -25,13 +25,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from lib.sparse import Packed, SparseLinear, cpu, pack
-from lib.sparse.choice import TOKENS, few_tokens
+from lib.sparse import SparseLinear, cpu, pack
+from lib.sparse.choice import TOKENS, cold_copies, few_tokens
 from lib.sparse.format import bytes_a_weight
 
 SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096", "11008x4096", "4096x11008")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4")
-COLD = 80 << 20  # bytes of a method's copies of a matrix, more than caches hold
 METHODS = ("float32", "bfloat16", "csr", "packed")
 PRODUCTS = ("shape", "sparsity", "batch", *(f"{name} ms" for name in METHODS), "to bfloat16", "to float32", "ceiling",
             "few", "machine")  # fmt: skip
@@ -56,31 +55,19 @@ def random_matrix(rows: int, columns: int, sparsity: str) -> torch.Tensor:
     return weight.masked_fill_(zeros, 0)
 
 
-def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.clone() for _ in range(1 + COLD // tensor.nbytes)]
-
-
 def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]], int]:
     """Each method as calls that take turns with its copies of the matrix; the most tokens that the kernel is given."""
     x, packed = torch.randn(batch, weight.shape[1]).bfloat16(), pack(weight)
     layer = SparseLinear(packed, None, torch.bfloat16)
     layer.few = few_tokens(layer, weight) or 1
-    layers = []
-    for _ in range(1 + COLD // packed.bytes):
-        parts = (packed.masks.clone(), packed.values.clone(), packed.offsets.clone())
-        layers.append(SparseLinear(Packed(*parts, packed.columns, packed.kind), None, torch.bfloat16, layer.few))
     as_float, plain = x.float(), weight.float()
     csr = plain.to_sparse_csr()
-    parts = [csr.crow_indices(), csr.col_indices(), csr.values()]
-    rows = [
-        torch.sparse_csr_tensor(*(part.clone() for part in parts), size=weight.shape)
-        for _ in range(1 + COLD // sum(part.nbytes for part in parts))
-    ]
+    size = sum(part.nbytes for part in (csr.crow_indices(), csr.col_indices(), csr.values()))
     return {
-        "float32": [lambda w=w: F.linear(as_float, w) for w in copies(plain)],
-        "bfloat16": [lambda w=w: F.linear(x, w) for w in copies(weight)],
-        "csr": [lambda w=w: w @ as_float.T for w in rows],
-        "packed": [lambda layer=layer: layer(x) for layer in layers],
+        "float32": [lambda w=w: F.linear(as_float, w) for w in cold_copies(plain.clone, plain.nbytes)],
+        "bfloat16": [lambda w=w: F.linear(x, w) for w in cold_copies(weight.clone, weight.nbytes)],
+        "csr": [lambda w=w: w @ as_float.T for w in cold_copies(csr.clone, size)],
+        "packed": [lambda own=own: own(x) for own in cold_copies(layer.copy, packed.bytes)],
     }, layer.few
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
+from test_architectures import is_tied
 from test_bad_input import save_tokenizer
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 from torch import nn
@@ -143,7 +144,7 @@ def test_threads(monkeypatch):
 def test_architectures(architecture, tmp_path, said):
     """From memory and from disk the dense pruned model's logits, for a prompt and for a token, and its text."""
     hf, tokens = tiny_model(architecture), tiny_tokens(2, 12)
-    model = prune(LanguageModel(hf))
+    model, tied = prune(LanguageModel(hf)), is_tied(hf)
     one = tokens[:1, :1]
     with torch.no_grad():
         dense = [hf(given, use_cache=False).logits for given in (tokens, one)]
@@ -157,8 +158,7 @@ def test_architectures(architecture, tmp_path, said):
         assert len(layers) == len(model.matrices) - len(fused)
         assert ("several experts" in said.text) == bool(fused)
         assert not any(p.is_meta for p in (*sparse.parameters(), *sparse.buffers()))
-        tied = sparse.get_input_embeddings().weight is sparse.get_output_embeddings().weight
-        assert tied == bool(hf.config.get_text_config().tie_word_embeddings)
+        assert is_tied(sparse) == tied
         with torch.no_grad():
             for given, expected in zip((tokens, one), dense, strict=True):
                 torch.testing.assert_close(sparse(given, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)

@@ -1,7 +1,8 @@
 """Which matrices are worth holding without their zeros on this machine: measured, once for each shape."""
 
+import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ MARGIN = 0.97  # of the dense product's time
 TOKENS = (2, 4, 8, 16)  # at once, for which the kernel is tried against unpacking
 NONE_AT_ONCE = 0
 STEP = 0.05  # of sparsities that are told apart
-FEWEST_TURNS, MOST_TURNS, CLEARLY = 4, 16, 1.2  # of a comparison
+FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
+MOST_COPIES = 256
 
 _known: dict[tuple, dict[float, int]] = {}  # shape and machine -> sparsity in steps -> tokens at once
 
@@ -41,32 +43,37 @@ def few_tokens(layer: SparseLinear, weight: Tensor) -> int:
 @torch.no_grad()
 def _measured(layer: SparseLinear, weight: Tensor) -> int:
     x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
-    dense, kernel = _alternating(lambda: F.linear(x[:1], weight, layer.bias), lambda: layer(x[:1]))
-    if kernel > MARGIN * dense:
+    weights, layers = cold_copies(weight.clone, weight.nbytes), cold_copies(layer.copy, layer.packed.bytes)
+    dense = [lambda w=w: F.linear(x[:1], w, layer.bias) for w in weights]
+    fastest, own = _alternating(dense, [lambda own=own: own(x[:1]) for own in layers])
+    if own > MARGIN * fastest:
         return NONE_AT_ONCE
-    few, packed = 1, layer.packed
+    few = 1
     for tokens in TOKENS:
-        some = x[:tokens]
-        kernel, unpacked = _alternating(lambda: multiply(packed, some, tokens), lambda: multiply(packed, some, 0))  # noqa: B023
-        if kernel > unpacked:
+        some, packed = x[:tokens], [own.packed for own in layers]
+        kernel, unpacked = ([lambda p=p, few=few: multiply(p, some, few) for p in packed] for few in (tokens, 0))  # noqa: B023
+        if operator.gt(*_alternating(kernel, unpacked)):
             break
         few = tokens
     return few
 
 
-def _alternating(one: Callable, other: Callable) -> tuple[float, float]:
-    """The least seconds of each, called in turn with nothing in the caches, as a model's layers are; so often that it
-    is clear which is faster, or that it cannot matter.
+def cold_copies(make: Callable, size: int) -> list:
+    """So many copies of what has `size` bytes that they do not fit into the caches: used in turn, as the layers of a
+    model are, each is read from memory. Small ones may fit after all.
     """
-    cold = torch.empty(2 * _cache_bytes() // 4)
+    return [make() for _ in range(min(MOST_COPIES, 1 + 2 * _cache_bytes() // size))]
+
+
+def _alternating(one: Sequence[Callable], other: Sequence[Callable]) -> tuple[float, float]:
+    """The least seconds of a call of each, in turn; until it is clear which is less, or that it cannot matter."""
     clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.thread_time
     fastest = [float("inf")] * 2
     for turn in range(MOST_TURNS):
-        for which, function in enumerate((one, other)):
-            cold.fill_(turn)
+        for which, calls in enumerate((one, other)):
             _wait()
             begin = clock()
-            function()
+            calls[turn % len(calls)]()
             _wait()
             if turn:  # the first compiles
                 fastest[which] = min(fastest[which], clock() - begin)

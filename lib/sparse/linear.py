@@ -1,5 +1,7 @@
 """A linear map whose matrix is held without its zeros."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +56,10 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             found = found + self.bias
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def copy(self) -> "SparseLinear":
+        """One with memory of its own."""
+        return copy.deepcopy(self)
 
     def extra_repr(self) -> str:
         return (
