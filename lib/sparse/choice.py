@@ -13,7 +13,7 @@ from .linear import SparseLinear, multiply
 
 LEAST = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
 MARGIN = 0.97  # of the dense product's time
-TOKENS = (2, 4, 8, 16)  # at once, for which the kernel is tried against unpacking
+TOKENS = (4, 16)  # at once, for which the kernel is tried against unpacking: each is compiled
 NONE_AT_ONCE = 0
 STEP = 0.05  # of sparsities that are told apart
 FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
