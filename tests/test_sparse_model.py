@@ -241,6 +241,13 @@ def test_gradients_of_inputs():
     torch.testing.assert_close(x.grad, own.grad)
 
 
+def test_compilers_see_through():
+    weight = sparse_matrix(8, 40, torch.bfloat16).float()
+    layer, x = SparseLinear(pack(weight), torch.ones(8), torch.float32), torch.randn(1, 40)
+    found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, F.linear(x, weight, torch.ones(8)))
+
+
 @pytest.mark.parametrize("faster", [True, False])
 def test_what_does_not_pay_stays_dense(faster, monkeypatch, said):
     """Measured once for a shape; sparser matrices of it, where it paid, need no measurement of their own."""

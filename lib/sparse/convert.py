@@ -29,8 +29,8 @@ def sparse_model(
 ) -> nn.Module:
     """The transformers model, ready to generate, with every prunable matrix that is worth it held without its zeros.
 
-    model      one in memory, whose layers are replaced, or where to load one from: then block by block, so that the
-               dense model is never held
+    model      one in memory, whose layers are replaced (a LanguageModel is of no further use), or where to load one
+               from: then block by block, so that the dense model is never held
     device     of one that is loaded
     dtype      likewise; auto: bfloat16 where the checkpoint is, float32 for others on the CPU, as main.py on cuda
     threshold  the sparsity from which a matrix is packed; None: where its product is faster for it on this machine,

@@ -59,9 +59,10 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], packed.rows, dtype=torch.float32, device=x.device)
     given = (packed.masks, packed.values.view(packed.kind), packed.offsets, x, out)
     sizes = (packed.rows, packed.columns, packed.words)
-    if knobs.runtime.interpret:
-        rows, words, _ = CONFIGURATIONS[2]
-        _multiply[(triton.cdiv(packed.rows, rows), len(x))](*given, *sizes, ROWS=rows, WORDS=words)
-    else:
-        _multiply[lambda chosen: (triton.cdiv(packed.rows, chosen["ROWS"]), len(x))](*given, *sizes)
+    with torch.cuda.device_of(x):
+        if knobs.runtime.interpret:
+            rows, words, _ = CONFIGURATIONS[2]
+            _multiply[(triton.cdiv(packed.rows, rows), len(x))](*given, *sizes, ROWS=rows, WORDS=words)
+        else:
+            _multiply[lambda chosen: (triton.cdiv(packed.rows, chosen["ROWS"]), len(x))](*given, *sizes)
     return out

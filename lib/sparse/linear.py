@@ -13,7 +13,8 @@ class SparseLinear(nn.Module):
     """x W^T + b with W packed, in place of an nn.Linear or what computes the same.
 
     Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked in strips that
-    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient, it gets one.
+    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, and a
+    compiler sees operations of torch alone: both by the whole matrix, unpacked.
 
     dtype       of the weights to whoever asks for them
     few         most tokens at once that the kernel is given
@@ -50,7 +51,7 @@ class SparseLinear(nn.Module):
         self.masks, self.values, self.offsets, self.kind = packed.masks, packed.values, packed.offsets, packed.kind
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
         found = multiply(self.packed, x.reshape(-1, self.in_features), self.few)
         if self.bias is not None:
