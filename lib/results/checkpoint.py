@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import pyarrow
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -110,6 +109,8 @@ def describe_checkpoint(config: RunConfig, record: dict) -> None:
 
 def compressed_size(folder: Path) -> tuple[int, int]:
     """Bytes of the weights' files, and about how many `zstd -3` makes of them: told from samples of each."""
+    import pyarrow  # takes a while, and has zstd
+
     size = compressed = 0
     codec = pyarrow.Codec("zstd", compression_level=3)
     for path in folder.glob("*.safetensors"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..load import Source, choose_device, choose_dtype, find_source, load_config, load_model, open_model
+from ..memory import freed_memory_goes_back
 from ..model import LanguageModel, Matrix
 from . import cuda
 from .choice import LEAST, few_tokens
@@ -38,16 +39,26 @@ def sparse_model(
 
     Raises RunError where a model cannot be loaded. What stays dense, and why, is said in the log.
     """
-    if isinstance(model, (str, Path)):
-        model = find_source(str(model))
-    if isinstance(model, Source):
-        model = _opened(model, device, dtype)
-    elif not isinstance(model, LanguageModel):
-        if any(isinstance(module, SparseLinear) for module in model.modules()):
-            return model  # as it was made before
-        model = LanguageModel(model)
-    pending: dict[Matrix, SparseLinear] = {}
-    account = _Account()
+    with freed_memory_goes_back():
+        if isinstance(model, (str, Path)):
+            model = find_source(str(model))
+        if isinstance(model, Source):
+            model = _opened(model, device, dtype)
+        elif not isinstance(model, LanguageModel):
+            if any(isinstance(module, SparseLinear) for module in model.modules()):
+                return model  # as it was made before
+            model = LanguageModel(model)
+        account = _Account()
+        _convert(model, threshold, account)
+    if config := getattr(model.model, "generation_config", None):
+        config.disable_compile = True  # kernels of our own are nothing that a compiler can see into
+    account.report(model)
+    return model.model
+
+
+def _convert(model: LanguageModel, threshold: float | None, account: "_Account") -> None:
+    """Replace the layers, block by block."""
+    pending: dict[Matrix, nn.Module] = {}
     for index in range(len(model.block_names)):
         with model.resident_block(index):
             for matrix in model.matrices_of(index):
@@ -59,10 +70,6 @@ def sparse_model(
             _replace(model.model, pending)
             pending = {}
     _replace(model.model, pending)
-    if config := getattr(model.model, "generation_config", None):
-        config.disable_compile = True  # kernels of our own are nothing that a compiler can see into
-    account.report(model)
-    return model.model
 
 
 def own_dtype(source: Source, device: str, dtype: str = "auto") -> torch.dtype:
