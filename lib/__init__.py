@@ -12,6 +12,7 @@ from .pruners import PRUNERS
 from .quality import layer_quality
 from .results import save_checkpoint
 from .sequential import prune_model
+from .sparse import sparse_model
 
 __all__ = [
     "PRUNERS",
@@ -31,5 +32,6 @@ __all__ = [
     "perplexity",
     "prune_model",
     "save_checkpoint",
+    "sparse_model",
     "sparsity_by_matrix",
 ]

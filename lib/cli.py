@@ -25,7 +25,7 @@ from .memory import keep_freed_memory
 KEPT, KEPT_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line, and not the usage as well."""
         raise RunError(message.removeprefix("argument "))
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> Flags:
     """The command line as a configuration of that kind. Raises RunError for anything that cannot be honoured."""
-    parser = _Parser(prog=kind.command, description=kind.purpose, allow_abbrev=False)
+    parser = Parser(prog=kind.command, description=kind.purpose, allow_abbrev=False)
     types = typing.get_type_hints(kind)
     for item in fields(kind):
         flags = list(dict.fromkeys([*item.metadata.get("flags", ()), f"--{item.name}"]))

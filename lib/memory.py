@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,15 +18,29 @@ def keep_freed_memory(tensors_up_to: int = 32 << 20) -> None:
     The loop over blocks frees and allocates the same activations thousands of times; fresh pages for each cost a
     fifth of its time (docs/LOG.md). Tensors above `tensors_up_to` bytes (at most 32 MiB) still go back at once: where
     weights come and go, keeping those would add up to a gigabyte. All threads share one heap, as each of those that
-    read weights would keep what it once held in its own. Elsewhere than on glibc: nothing.
+    read weights would keep what it once held in its own.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, tensors_up_to)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(_M_ARENA_MAX, 1)
+    _mallopt(_M_MMAP_THRESHOLD, tensors_up_to)
+    _mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    _mallopt(_M_ARENA_MAX, 1)
+
+
+@contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """While weights come and others take their place: what is freed of a tensor above 1 MB is the kernel's again at
+    once, and leaves no holes between those that stay. They took as much again as a pruned model itself.
+    """
+    _mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        _mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # where glibc itself comes to after a while
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    """Elsewhere than on glibc: nothing."""
+    if sys.platform.startswith("linux") and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(parameter, value)
 
 
 def return_freed_memory() -> None:

@@ -6,7 +6,7 @@ of a stack of experts. Embeddings, norms, the head and routers are none; whateve
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -151,6 +151,9 @@ class LanguageModel:
     def resident_in_forward(self, index: int):
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep the values of these, which are resident, for good; likewise."""
 
     @contextmanager
     def restored(self, store: Store | None = None) -> Iterator[Callable | None]:

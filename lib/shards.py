@@ -222,6 +222,7 @@ class ShardedModel(LanguageModel):
         self._device = torch.device(device)
         self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
+        self._held: set[str] = set()  # what keeps its values for good
         self._on_trial: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
@@ -288,7 +289,7 @@ class ShardedModel(LanguageModel):
 
     @contextmanager
     def _resident(self, names: list[str], upto: int | None = None):
-        places = {name: self._place(name, upto) for name in names}
+        places = {name: self._place(name, upto) for name in names if name not in self._held}
         try:
             for shards in {shards for shards, _ in places.values()}:
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
@@ -298,10 +299,10 @@ class ShardedModel(LanguageModel):
                     _get(self.model, alias).copy_(self._on_trial[alias])
             yield
         finally:
-            self._shards.drop({*names, *(alias for _, alias in places.values())})
-            for name in names:  # one still, though without values
-                for alias in self._names(name)[1:]:
-                    _set(self.model, alias, _get(self.model, self._names(name)[0]))
+            self._shards.drop({*places, *(alias for _, alias in places.values())} - self._held)
+            for name in places:  # one still, though mostly without values
+                for alias in self._names(name):
+                    _set(self.model, alias, _get(self.model, name))
             return_freed_memory()
 
     @contextmanager
@@ -327,6 +328,15 @@ class ShardedModel(LanguageModel):
             yield changed
         finally:
             self._on_trial = {}
+
+    def hold(self, names: Iterable[str]) -> None:
+        for name in names:
+            value = _get(self.model, name)
+            own = value.detach().clone()  # and no view of a file, all of which would count as memory
+            own = nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own
+            for alias in self._names(name):
+                _set(self.model, alias, own)
+                self._held.add(alias)
 
     @contextmanager
     def resident_in_forward(self, index: int):

@@ -9,6 +9,7 @@ measured, and a failure is a row as well. The table is printed at the end whatev
 tiny      every pruner and allocation on tiny models, CPU against GPU; the lines at which the host waits for the GPU
 blocks    a block of LLaMA-7B's shape: statistics, every pruner on each of its matrices, seconds and memory
 kernels   the single operations the times hang on, and the published code's way of doing the same
+sparse    products with matrices held without their zeros, against dense float64 and beside cuBLAS
 commands  main.py's commands on that model, 4 blocks, with seconds by stage and peak memory
 """
 
@@ -30,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PHASES = {"tiny": 75, "blocks": 75, "kernels": 60, "commands": 260}  # most seconds each
+PHASES = {"tiny": 75, "blocks": 75, "kernels": 60, "sparse": 45, "commands": 240}  # most seconds each
 LIBRARIES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "psutil", "tqdm", "datasets",
     "weightwatcher", "matplotlib", "gguf", "sentencepiece", "triton",
@@ -429,6 +430,63 @@ def kernels() -> None:
     time_it("  back", lambda: host.to(device), 2)
 
 
+def sparse() -> None:
+    device, dtype = here(), getattr(torch, options.dtype) if on_gpu() else torch.bfloat16
+    n, m = options.hidden, options.intermediate
+
+    def product(share: float, tokens: int) -> dict:
+        weight = torch.randn(n, m, device=device).to(dtype).masked_fill_(torch.rand(n, m, device=device) < share, 0)
+        layer = SparseLinear(pack(weight), None, dtype, few=tokens)
+        x = torch.randn(tokens, m, device=device, dtype=dtype)
+        exact, repeat = x.double() @ weight.double().T, 50 if on_gpu() else 2
+        found = {
+            "error": float((layer(x).double() - exact).abs().max() / exact.abs().max()),
+            "ms": 1e3 * seconds_of(lambda: layer(x), repeat),
+            "dense_ms": 1e3 * seconds_of(lambda: torch.nn.functional.linear(x, weight), repeat),
+            "bytes_a_weight": layer.packed.bytes / weight.numel(),
+        }  # fmt: skip
+        layer.few = 0
+        return found | {"unpacked_ms": 1e3 * seconds_of(lambda: layer(x), 2)}
+
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9):
+        for tokens in (1, 4) if share == 0.7 else (1,):
+            attempt("sparse", f"{share:.0%} of {n}x{m}, {tokens} tokens", lambda: product(share, tokens))
+    if on_gpu():
+        from lib.sparse import gpu_kernel
+
+        attempt("sparse", "kernel's configuration", lambda: {"best": str(gpu_kernel._multiply.best_config)})
+
+    def of_two_of_four() -> dict:
+        weight = torch.randn(n // 64 * 64, m // 64 * 64, device=device).to(dtype)
+        weight.view(-1, 4)[:, :2] = 0
+        dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device, dtype=dtype)
+        dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+        assert cuda.is_two_of_four(weight)
+        layer, x = cuda.semi_structured(dense, weight), torch.randn(1, weight.shape[1], device=device, dtype=dtype)
+        exact = x.double() @ weight.double().T
+        return {
+            "error": float((layer(x).double() - exact).abs().max() / exact.abs().max()),
+            "ms": 1e3 * seconds_of(lambda: layer(x), 50), "dense_ms": 1e3 * seconds_of(lambda: dense(x), 50),
+        }  # fmt: skip
+
+    if on_gpu():
+        attempt("sparse", "2:4, torch's semi-structured", of_two_of_four)
+
+    def generated() -> dict:
+        source = Path(os.environ["SCRATCH"]) / "half"
+        model = lib.LanguageModel(tiny_model("llama"))
+        for matrix in model.matrices:
+            matrix.write(matrix.weight.half().float().masked_fill(torch.rand(matrix.shape) < 0.6, 0))
+        lib.save_checkpoint(model, source)
+        tokens = tiny_tokens(1, 12)
+        asked = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+        expected = model.model.generate(tokens, **asked)
+        found = lib.sparse_model(source, device=options.device, dtype="float32", threshold=0.5)
+        return {"same_text": torch.equal(found.generate(tokens.to(here()), **asked).cpu(), expected)}
+
+    attempt("sparse", "llama generates, static cache", generated)
+
+
 def commands() -> None:
     base = {
         "model": str(large_model()), "sparsity_ratio": 0.5, "calib_data": "pydoc", "eval_data": "pydoc",
@@ -503,6 +561,7 @@ if __name__ == "__main__":
     from lib.metrics import METRICS
     from lib.quality import allocation_scores
     from lib.sequential import walk
+    from lib.sparse import SparseLinear, cuda, pack
     from lib.stats import add_gram
     from lib.trials import Trials
 

@@ -3,7 +3,9 @@
 To show what large models need where none can be had. The defaults are 3.0 billion parameters, 6 GB, 28 blocks; the
 tokenizer is one token a byte.
 
-    python script/random_checkpoint.py DIR [--hidden 3072] [--intermediate 8192] [--blocks 28]
+    python script/random_checkpoint.py DIR [--hidden 3072] [--intermediate 8192] [--blocks 28] [--sparsity 0.7]
+
+With --sparsity, so many weights of the blocks' matrices are zero, anywhere.
 """
 
 import argparse
@@ -25,6 +27,7 @@ def main() -> None:
     for name, default in (("hidden", 3072), ("intermediate", 8192), ("blocks", 28), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparsity", type=float, default=0.0)
     options = parser.parse_args()
 
     config = transformers.LlamaConfig(
@@ -50,7 +53,9 @@ def main() -> None:
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file({name: random_parameter(shapes[name]) for name in names}, options.folder / file, {"format": "pt"})
+        sparsities = {name: options.sparsity if ".layers." in name else 0.0 for name in names}
+        tensors = {name: random_parameter(shapes[name], sparsity) for name, sparsity in sparsities.items()}
+        save_file(tensors, options.folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         print(file)
     total = sum(2 * shape.numel() for shape in shapes.values())
@@ -59,11 +64,13 @@ def main() -> None:
     print(f"{total / 2e9:.2f} billion parameters, {total / 1e9:.2f} GB in {len(shards)} shards")
 
 
-def random_parameter(shape: torch.Size) -> torch.Tensor:
+def random_parameter(shape: torch.Size, sparsity: float) -> torch.Tensor:
     """Ones for a norm; for a matrix a Gaussian one that keeps the size of what it is multiplied with."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.7 * shape[1] ** -0.5)
+    std = 0.7 * (shape[1] * (1 - sparsity)) ** -0.5
+    parameter = torch.empty(shape, dtype=torch.bfloat16).normal_(std=std)
+    return parameter.masked_fill_(torch.rand(shape) < sparsity, 0) if sparsity else parameter
 
 
 def save_byte_tokenizer(folder: Path) -> None:

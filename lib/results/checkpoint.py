@@ -27,6 +27,8 @@ from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
+SAMPLES, SAMPLE = 16, 1 << 20  # of a file, to be compressed: how many, bytes
+
 MARK = "alphapruning.json"  # in a checkpoint saved here: how it was made, and that it may be replaced
 
 
@@ -100,6 +102,29 @@ def describe_checkpoint(config: RunConfig, record: dict) -> None:
     folder = Path(config.save_model)
     write_text(folder / MARK, json.dumps(without_layers(record), indent=1) + "\n")
     write_text(folder / "README.md", model_card(config, record))
+    if ranks.first():
+        size, compressed = compressed_size(folder)
+        log.info("%s: %.2f GB of weights, about %.2f when compressed (zstd -3)", folder, size / 1e9, compressed / 1e9)
+
+
+def compressed_size(folder: Path) -> tuple[int, int]:
+    """Bytes of the weights' files, and about how many `zstd -3` makes of them: told from samples of each."""
+    import pyarrow  # takes a while, and has zstd
+
+    size = compressed = 0
+    codec = pyarrow.Codec("zstd", compression_level=3)
+    for path in folder.glob("*.safetensors"):
+        own, taken, left = path.stat().st_size, 0, 0
+        count = min(SAMPLES, 1 + own // SAMPLE)
+        with path.open("rb") as file:
+            for sample in range(count):
+                file.seek(max(0, (2 * sample + 1) * own // (2 * count) - SAMPLE // 2))
+                data = file.read(SAMPLE)
+                taken += len(data)
+                left += codec.compress(data).size
+        size += own
+        compressed += own * left // taken
+    return size, compressed
 
 
 def as_safetensors(source: Source) -> Source:

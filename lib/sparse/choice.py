@@ -1,0 +1,96 @@
+"""Which matrices are worth holding without their zeros on this machine: measured, once for each shape."""
+
+import operator
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import SparseLinear, multiply
+
+LEAST = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
+MARGIN = 0.97  # of the dense product's time
+TOKENS = (4, 16)  # at once, for which the kernel is tried against unpacking: each is compiled
+NONE_AT_ONCE = 0
+STEP = 0.05  # of sparsities that are told apart
+FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
+MOST_COPIES = 256
+
+_known: dict[tuple, dict[float, int]] = {}  # shape and machine -> sparsity in steps -> tokens at once
+
+
+def few_tokens(layer: SparseLinear, weight: Tensor) -> int:
+    """The most tokens at once for which the kernel is the fastest way through the layer; 0 where a single token is
+    multiplied as fast by the dense matrix (rows, columns), which it is then better left as.
+
+    What was measured for one matrix holds for others of its shape: where it paid it does at higher sparsities, where it
+    did not it does not at lower ones.
+    """
+    packed = layer.packed
+    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads())
+    sparsity, known = round(packed.sparsity / STEP), _known.setdefault(key, {})
+    if lower := [(at, few) for at, few in known.items() if at <= sparsity and few]:
+        return max(lower)[1]
+    if any(at >= sparsity and not few for at, few in known.items()):
+        return NONE_AT_ONCE
+    known[sparsity] = _measured(layer, weight)
+    return known[sparsity]
+
+
+@torch.no_grad()
+def _measured(layer: SparseLinear, weight: Tensor) -> int:
+    x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
+    weights, layers = cold_copies(weight.clone, weight.nbytes), cold_copies(layer.copy, layer.packed.bytes)
+    dense = [lambda w=w: F.linear(x[:1], w, layer.bias) for w in weights]
+    fastest, own = _alternating(dense, [lambda own=own: own(x[:1]) for own in layers])
+    if own > MARGIN * fastest:
+        return NONE_AT_ONCE
+    few = 1
+    for tokens in TOKENS:
+        some, packed = x[:tokens], [own.packed for own in layers]
+        kernel, unpacked = ([lambda p=p, few=few: multiply(p, some, few) for p in packed] for few in (tokens, 0))  # noqa: B023
+        if operator.gt(*_alternating(kernel, unpacked)):
+            break
+        few = tokens
+    return few
+
+
+def cold_copies(make: Callable, size: int) -> list:
+    """So many copies of what has `size` bytes that they do not fit into the caches: used in turn, as the layers of a
+    model are, each is read from memory. Small ones may fit after all.
+    """
+    return [make() for _ in range(min(MOST_COPIES, 1 + 2 * _cache_bytes() // size))]
+
+
+def _alternating(one: Sequence[Callable], other: Sequence[Callable]) -> tuple[float, float]:
+    """The least seconds of a call of each, in turn; until it is clear which is less, or that it cannot matter."""
+    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.thread_time
+    fastest = [float("inf")] * 2
+    for turn in range(MOST_TURNS):
+        for which, calls in enumerate((one, other)):
+            _wait()
+            begin = clock()
+            calls[turn % len(calls)]()
+            _wait()
+            if turn:  # the first compiles
+                fastest[which] = min(fastest[which], clock() - begin)
+        if turn >= FEWEST_TURNS and not 1 / CLEARLY < fastest[0] / fastest[1] < CLEARLY:
+            break
+    return tuple(fastest)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _cache_bytes() -> int:
+    """Of the processor's last cache, where Linux tells, up to 128 MB; else 32 MB."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return min(int(size.removesuffix("K")) << 10, 128 << 20)
+    except (OSError, ValueError):
+        return 32 << 20

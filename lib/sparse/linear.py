@@ -1,0 +1,97 @@
+"""A linear map whose matrix is held without its zeros."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .format import Packed, pack
+
+
+class SparseLinear(nn.Module):
+    """x W^T + b with W packed, in place of an nn.Linear or what computes the same.
+
+    Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked in strips that
+    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, and a
+    compiler sees operations of torch alone: both by the whole matrix, unpacked.
+
+    dtype       of the weights to whoever asks for them
+    few         most tokens at once that the kernel is given
+    transposed  whether `weight` is shown as (in, out)
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, few: int = 1, transposed: bool = False):
+        super().__init__()
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        for name in ("masks", "values", "offsets"):
+            self.register_buffer(name, getattr(packed, name), persistent=False)
+        self.in_features, self.out_features = packed.columns, packed.rows
+        self.kind, self.dtype, self.few, self.transposed = packed.kind, dtype, few, transposed
+
+    @property
+    def packed(self) -> Packed:
+        buffers = self._buffers
+        return Packed(buffers["masks"], buffers["values"], buffers["offsets"], self.in_features, self.kind)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix, unpacked at every call: for what reads a layer's weights instead of calling it."""
+        dense = self._dense().as_subclass(_Shown)
+        dense.layer = self
+        return dense
+
+    def _dense(self) -> Tensor:
+        dense = self.packed.dense().to(self.dtype)
+        return dense.T if self.transposed else dense
+
+    def write(self, weight: Tensor) -> None:
+        """Pack other values, given as `weight` has them."""
+        packed = pack(weight.T if self.transposed else weight)
+        self.masks, self.values, self.offsets, self.kind = packed.masks, packed.values, packed.offsets, packed.kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
+        found = multiply(self.packed, x.reshape(-1, self.in_features), self.few)
+        if self.bias is not None:
+            found = found + self.bias
+        return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def copy(self) -> "SparseLinear":
+        """One with memory of its own."""
+        return copy.deepcopy(self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"sparsity={self.packed.sparsity:.3f}, values={str(self.kind).removeprefix('torch.')}"
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """As an ordinary layer saves itself."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self._dense()
+
+
+class _Shown(Tensor):
+    """A layer's weight, unpacked. What changes it in place changes the layer: some models scale their weights."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = function.__name__
+        if function is Tensor.data.__get__:
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            if name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls):
+                args[0].layer.write(args[0].as_subclass(Tensor))
+        return result
+
+
+def multiply(packed: Packed, x: Tensor, few: int) -> Tensor:
+    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
+    from . import cpu, cuda
+
+    backend = cuda if x.is_cuda else cpu
+    return backend.multiply(packed, x) if 0 < x.shape[0] <= few else backend.product(packed, x)

@@ -1,0 +1,239 @@
+"""Vector instructions inside numba's kernels: a vector type, and operations on it that LLVM has.
+
+numba has no vectors of its own. Each operation is given the LLVM values of its arguments and says what to make of
+them; addresses are int64.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+BIT, BYTE, HALF_WORD, WORD, LONG, FLOAT = (*(ir.IntType(n) for n in (1, 8, 16, 32, 64)), ir.FloatType())
+ADDRESS, MASK = types.int64, types.uint32
+NOTHING = ir.Constant(BYTE.as_pointer(), None)  # what numba has for None
+
+
+class Vector(types.Type):
+    """`count` values of an LLVM type in a register."""
+
+    def __init__(self, count: int, element: ir.Type):
+        self.llvm = ir.VectorType(element, count)
+        super().__init__(name=f"Vector({self.llvm})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector: Vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+def operation(result: types.Type, *arguments: types.Type):
+    """Makes a function of numba out of one that is called with the LLVM builder and its arguments' values."""
+
+    def made_of(emit):
+        def typed(_context, *_given):
+            return result(*arguments), lambda _context, builder, _signature, values: emit(builder, *values)
+
+        typed.__name__, typed.__signature__ = emit.__name__, inspect.signature(emit)  # where numba counts arguments
+        return intrinsic(typed)
+
+    return made_of
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, *values: ir.Value, **options) -> ir.Value:
+    """Of one of LLVM's intrinsic functions."""
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values, **options)
+
+
+def filled(vector: ir.VectorType, number: float) -> ir.Constant:
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    width = 4 if isinstance(element, ir.FloatType) else element.width // 8
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=width)
+
+
+@operation(types.int64, ADDRESS)
+def load_long(builder, address):
+    return load(builder, address, LONG)
+
+
+@operation(types.uint32, ADDRESS)
+def load_mask(builder, address):
+    return load(builder, address, WORD)
+
+
+@operation(MASK, ADDRESS)
+def load_byte(builder, address):
+    return builder.zext(load(builder, address, BYTE), WORD)
+
+
+@operation(types.uint16, ADDRESS)
+def load_half_word(builder, address):
+    return load(builder, address, HALF_WORD)
+
+
+@operation(types.float32, ADDRESS)
+def load_float(builder, address):
+    return load(builder, address, FLOAT)
+
+
+@operation(types.void, ADDRESS, types.float32)
+def store_float(builder, address, value):
+    builder.store(value, builder.inttoptr(address, FLOAT.as_pointer()), align=4)
+    return NOTHING
+
+
+@operation(types.void, ADDRESS, types.uint16)
+def store_half_word(builder, address, value):
+    builder.store(value, builder.inttoptr(address, HALF_WORD.as_pointer()), align=2)
+    return NOTHING
+
+
+@operation(types.int64, ADDRESS, types.int64)
+def take(builder, address, count):
+    """Adds to a number that several threads add to; what it was before."""
+    return builder.atomic_rmw("add", builder.inttoptr(address, LONG.as_pointer()), count, "monotonic")
+
+
+@operation(types.int64, MASK)
+def ones(builder, mask):
+    return builder.zext(builder.ctpop(mask), LONG)
+
+
+@operation(types.float32, types.uint16)
+def from_bfloat16(builder, value):
+    return builder.bitcast(builder.shl(builder.zext(value, WORD), WORD(16)), FLOAT)
+
+
+@operation(types.float32, types.uint16)
+def from_float16(builder, value):
+    return builder.fpext(builder.bitcast(value, ir.HalfType()), FLOAT)
+
+
+class Sums(types.Type):
+    """A vector of `lanes` float32 for each of so many tokens."""
+
+    def __init__(self, tokens: int, lanes: int):
+        self.llvm = ir.ArrayType(ir.VectorType(FLOAT, lanes), tokens)
+        super().__init__(name=f"Sums({self.llvm})")
+
+
+register_model(Sums)(_VectorModel)
+
+
+def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNamespace:
+    """What accumulates a row's products with several tokens at once, each weight being read once.
+
+    zero()                              sums, all zero
+    add(sums, weights, x, x_bytes)      with weights times what lies at x, and x_bytes further on for the next token;
+                                        add(builder, sum, weights, address) is how one of them is formed
+    store(sums, out, out_bytes)         the total over the lanes for each token
+    """
+    sums = Sums(tokens, lanes)
+    each, number = sums.llvm.element, ir.Constant(FLOAT, 0.0)
+
+    @operation(sums)
+    def zero(_builder):
+        return ir.Constant(sums.llvm, [filled(each, 0.0)] * tokens)
+
+    @operation(sums, sums, weights, ADDRESS, types.int64)
+    def add_row(builder, row, weight, x, x_bytes):
+        for token in range(tokens):
+            row = builder.insert_value(row, add(builder, builder.extract_value(row, token), weight, x), token)
+            x = builder.add(x, x_bytes)
+        return row
+
+    @operation(types.void, sums, ADDRESS, types.int64)
+    def store(builder, row, out, out_bytes):
+        for token in range(tokens):
+            own, name = builder.extract_value(row, token), f"llvm.vector.reduce.fadd.v{lanes}f32"
+            value = call(builder, name, FLOAT, number, own, fastmath=("reassoc",))
+            builder.store(value, builder.inttoptr(out, FLOAT.as_pointer()), align=4)
+            out = builder.add(out, out_bytes)
+        return NOTHING
+
+    return SimpleNamespace(zero=zero, add=add_row, store=store)
+
+
+def of_floats(tokens: int, lanes: int) -> SimpleNamespace:
+    """Sums whose weights are float32, as the tokens are."""
+    floats = ir.VectorType(FLOAT, lanes)
+
+    def add(builder, total, weight, x):
+        return call(builder, f"llvm.fma.v{lanes}f32", floats, weight, load(builder, x, floats), total)
+
+    return sums_of(tokens, lanes, Vector(lanes, FLOAT), add)
+
+
+def of_bfloat16(tokens: int) -> SimpleNamespace:
+    """Sums of products of 32 weights and 32 numbers of each token in bfloat16, added in pairs. AVX-512 BF16."""
+    pairs, name = ir.VectorType(WORD, 16), "llvm.x86.avx512bf16.dpbf16ps.512"
+
+    def add(builder, total, weight, x):
+        return call(builder, name, total.type, total, builder.bitcast(weight, pairs), load(builder, x, pairs))
+
+    return sums_of(tokens, 16, Vector(32, HALF_WORD), add)
+
+
+def of(count: int) -> SimpleNamespace:
+    """Operations on `count` values of 16 bits at a time: load and store at an address; bfloat16 and float16, which
+    widen them to float32.
+    """
+    floats, values = Vector(count, FLOAT), Vector(count, HALF_WORD)
+    words = ir.VectorType(WORD, count)
+
+    @operation(values, ADDRESS)
+    def load_values(builder, address):
+        return load(builder, address, values.llvm)
+
+    @operation(types.void, ADDRESS, values)
+    def store_values(builder, address, vector):
+        builder.store(vector, builder.inttoptr(address, values.llvm.as_pointer()), align=2)
+        return NOTHING
+
+    @operation(floats, values)
+    def bfloat16(builder, vector):
+        return builder.bitcast(builder.shl(builder.zext(vector, words), filled(words, 16)), floats.llvm)
+
+    @operation(floats, values)
+    def float16(builder, vector):
+        return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), count)), floats.llvm)
+
+    return SimpleNamespace(load=load_values, store=store_values, bfloat16=bfloat16, float16=float16)
+
+
+_FLOATS_16, _VALUES_32, _VALUES_8 = Vector(16, FLOAT), Vector(32, HALF_WORD), Vector(8, HALF_WORD)
+
+
+@operation(_FLOATS_16, _FLOATS_16, MASK)
+def expand_floats(builder, vector, mask):
+    """The first floats moved to where the 16 low bits of the mask are set, and zeros elsewhere. AVX-512F."""
+    bits = builder.bitcast(builder.trunc(mask, HALF_WORD), ir.VectorType(BIT, 16))
+    kind = _FLOATS_16.llvm
+    return call(builder, "llvm.x86.avx512.mask.expand.v16f32", kind, vector, filled(kind, 0.0), bits)
+
+
+@operation(_VALUES_32, _VALUES_32, MASK)
+def expand_values(builder, vector, mask):
+    """The first values moved to where the mask is set, and zeros elsewhere. AVX-512 VBMI2."""
+    bits, kind = builder.bitcast(mask, ir.VectorType(BIT, 32)), _VALUES_32.llvm
+    return call(builder, "llvm.x86.avx512.mask.expand.v32i16", kind, vector, filled(kind, 0), bits)
+
+
+@operation(_VALUES_8, _VALUES_8, ADDRESS)
+def shuffle_values(builder, vector, address):
+    """Bytes moved to where the 16 bytes at the address say, zeros where those have their highest bit. SSSE3."""
+    kind = ir.VectorType(BYTE, 16)
+    moved = call(
+        builder, "llvm.x86.ssse3.pshuf.b.128", kind, builder.bitcast(vector, kind), load(builder, address, kind)
+    )
+    return builder.bitcast(moved, _VALUES_8.llvm)

@@ -1,0 +1,142 @@
+"""Continues a text with a pruned model whose zeros are left out, and says how fast and in how much memory.
+
+    python script/generate.py --model DIR --prompt "Once upon a time" [--dense | --compare]
+
+The text is streamed as it is made, greedily. --dense keeps the zeros; --compare does both, one after the other.
+"""
+
+import contextlib
+import gc
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import psutil
+import torch
+import transformers
+
+from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
+from lib.cli import Parser, set_up_logging
+from lib.load import Source, choose_device, load_config, window_limit
+from lib.sparse import own_dtype
+
+COLUMNS = ("", "first token, s", "tokens/s", "weights, GB", "peak memory, GB")
+
+
+class Timed(transformers.TextStreamer):
+    """Prints the new text, and remembers when each token came."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # the first is the prompt's
+        super().put(value)
+
+
+def parse(arguments: list[str] | None):
+    """The command line. Raises RunError for what cannot be honoured."""
+    parser = Parser(prog="generate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder of a pruned checkpoint, or what else main.py takes")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens to add (default: 64)")
+    parser.add_argument("--dense", action="store_true", help="keep the zeros")
+    parser.add_argument("--compare", action="store_true", help="without the zeros, and then with them")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: bfloat16 where the checkpoint is, float32 for others on the CPU",
+    )  # fmt: skip
+    parser.add_argument("--cache_dir", default="llm_weights", help="folder for downloaded models")
+    options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        raise RunError(f"--max_new_tokens {options.max_new_tokens}: must be at least 1")
+    if options.dense and options.compare:
+        raise RunError("--compare: does what --dense does as well; leave one out")
+    return options
+
+
+def measured(source: Source, tokenizer, tokens: torch.Tensor, options, dense: bool) -> tuple:
+    """A row of the table: the model is loaded, the text printed, and the model let go."""
+    forget_peak()
+    dtype = own_dtype(source, options.device, options.dtype)
+    if dense:
+        model = load_model(source, options.device, str(dtype).removeprefix("torch.")).model
+    else:
+        model = sparse_model(source, device=options.device, dtype=options.dtype)
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    own = model.generation_config
+    config = transformers.GenerationConfig(
+        max_new_tokens=options.max_new_tokens, do_sample=False, eos_token_id=own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
+    )  # fmt: skip
+    with torch.no_grad():
+        model(tokens)  # what is compiled is compiled before the clock starts
+        streamer, begin = Timed(tokenizer), time.perf_counter()
+        model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=streamer)
+    first, *_, last = times = streamer.times[1:]
+    rate = (len(times) - 1) / (last - first) if len(times) > 1 else float("nan")
+    held = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
+    return "dense" if dense else "sparse", first - begin, rate, sum(held.values()) / 1e9, peak() / 1e9
+
+
+def forget_peak() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory becomes what there is now
+
+
+def peak() -> int:
+    """Bytes held at most: on a GPU its own, else the process's, of which Linux tells the peak."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
+        return int(status.split()[0]) << 10
+    except (OSError, IndexError):
+        return psutil.Process().memory_info().rss
+
+
+def generate(options) -> None:
+    options.device = choose_device(options.device)
+    source = find_source(options.model, options.cache_dir)
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    tokens = tokenizer(options.prompt, return_tensors="pt").input_ids
+    if tokens.numel() == 0:
+        raise RunError("--prompt: has no token")
+    limit = window_limit(config)
+    if limit and tokens.shape[1] + options.max_new_tokens > limit:
+        raise RunError(
+            f"--prompt: its {tokens.shape[1]} tokens and --max_new_tokens {options.max_new_tokens} are more than the "
+            f"{limit} that the model takes"
+        )
+    rows = [
+        measured(source, tokenizer, tokens.long(), options, dense)
+        for dense in ((False, True) if options.compare else (options.dense,))
+    ]
+    print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for name, first, rate, weights, most in rows:
+        print(f"| {name} | {first:.2f} | {rate:.1f} | {weights:.2f} | {most:.2f} |")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command's exit status, as main.py's."""
+    try:
+        options = parse(arguments)
+        set_up_logging(quiet=False)
+        generate(options)
+    except RunError as error:
+        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""Models without their zeros: kernels against float64, every architecture against its dense self, what stays dense."""
+
+import copy
+import importlib.util
+import logging
+import re
+import sys
+
+import forking
+import pyarrow
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from test_architectures import is_tied
+from test_bad_input import save_tokenizer
+from tiny import ARCHITECTURES, tiny_model, tiny_tokens
+from torch import nn
+
+from lib import LanguageModel, RunError, save_checkpoint, sparse_model
+from lib.results.checkpoint import compressed_size
+from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, kernels, pack, threads
+
+HAS = cpu.features()
+CASES = [(variant, kind) for variant in kernels.VARIANTS for kind in variant.kinds]
+
+
+def sparse_matrix(rows: int, columns: int, kind: torch.dtype, sparsity: float = 0.6) -> torch.Tensor:
+    """With one row of zeros and one of none, where there are so many."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    weight = torch.randn(rows, columns, generator=generator).to(kind)
+    weight[torch.rand(rows, columns, generator=generator) < sparsity] = 0
+    if rows > 4:
+        weight[2], weight[3] = 0, 1
+    return weight
+
+
+def prune(model: LanguageModel, sparsity: float = 0.6) -> LanguageModel:
+    """Random zeros, and values that bfloat16 holds, so that packing changes none."""
+    generator = torch.Generator().manual_seed(0)
+    for matrix in model.matrices:
+        weight = matrix.weight.bfloat16().to(matrix.weight.dtype)
+        matrix.write(weight.masked_fill(torch.rand(matrix.shape, generator=generator) < sparsity, 0))
+    return model
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{str(case[1]).removeprefix('torch.')}")
+def kind(request, monkeypatch) -> torch.dtype:
+    """A kind of values, on a processor that has no more than a variant of the kernel needs."""
+    variant, kind = request.param
+    if not variant.needs <= HAS:
+        pytest.skip(f"needs {', '.join(sorted(variant.needs - HAS))}")
+    monkeypatch.setattr(cpu, "features", lambda: variant.needs)
+    assert cpu.variant_for(kind) is variant
+    return kind
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The project's log."""
+    monkeypatch.setattr(logging.getLogger("lib"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="lib")
+    return caplog
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (33, 100)], ids=str)
+def test_products(kind, shape, monkeypatch):
+    """Of one token and of several, by the kernel and unpacked, whatever their dtype; strips of two rows."""
+    weight = sparse_matrix(*shape, kind)
+    packed = pack(weight)
+    assert torch.equal(packed.dense(), weight)
+    monkeypatch.setattr(cpu, "STRIP", 2 * packed.words * 32)
+    for tokens, dtype in ((1, kind), (3, torch.float32)):
+        x = torch.randn(tokens, shape[1]).to(dtype)
+        exact = x.double() @ weight.double().T
+        size = float((x.double().abs() @ weight.double().abs().T).max()) + 1e-9
+        assert float((cpu.multiply(packed, x) - exact).abs().max()) < 1e-5 * size
+        rounding = 1e-5 if dtype == torch.float32 else 1e-2
+        assert float((cpu.product(packed, x) - exact).abs().max()) < rounding * size
+
+
+def test_what_is_not_finite_passes_as_in_a_dense_product(kind):
+    weight = sparse_matrix(9, 70, kind)
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x = torch.ones(1, 70)
+        x[0, 5] = value
+        dense = F.linear(x, weight.float())
+        assert not dense.isfinite().all()
+        found = cpu.multiply(pack(weight), x)
+        assert torch.equal(found.isnan(), dense.isnan())
+        assert torch.equal(found[found.isinf()], dense[dense.isinf()])
+
+
+def test_values_of_32_bits_are_rounded_as_little_as_16_can():
+    weight = torch.tensor([[1.0, 0.0, 1 + 2**-10], [2.0**-3, 3.0, 0.0]])
+    assert pack(weight).kind == torch.float16  # holds them; bfloat16 does not
+    assert torch.equal(pack(weight).dense().float(), weight)
+    large = torch.tensor([[1e5, 0.0, 3.0]])  # beyond float16
+    assert pack(large).kind == torch.bfloat16
+    assert pack(torch.eye(3)).kind == torch.bfloat16  # both hold them
+
+
+def test_size():
+    packed = pack(sparse_matrix(512, 1024, torch.bfloat16, 0.7))
+    assert packed.bytes / (512 * 1024) == pytest.approx(format.bytes_a_weight(packed.sparsity), abs=0.02)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("kind", format.KINDS, ids=str)
+def test_gpu_kernel(kind, monkeypatch):
+    """On the CPU, by Triton's interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "lib.sparse.gpu_kernel", raising=False)
+    for shape in ((1, 1), (9, 100), (3, 1100)):
+        weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(cuda.multiply(pack(weight), x).double(), exact, rtol=1e-4, atol=1e-4)
+    x[0, 3] = float("inf")
+    assert torch.equal(cuda.multiply(pack(weight), x).isnan(), F.linear(x, weight).isnan())
+
+
+def test_threads(monkeypatch):
+    """As many as torch has, of its own pool or, where there is none to be had, of Python's."""
+    weight, x = sparse_matrix(50, 64, torch.bfloat16), torch.randn(1, 64)
+    packed, before, counts = pack(weight), torch.get_num_threads(), []
+    of_torch = threads._of_torch()
+    one = cpu.multiply(packed, x)
+    try:
+        torch.set_num_threads(2)
+        if of_torch:
+            monkeypatch.setattr(
+                threads, "_of_torch", lambda: lambda *given: (counts.append(given[2]), of_torch(*given))
+            )
+            assert torch.equal(cpu.multiply(packed, x), one)
+            assert counts == [2]
+        monkeypatch.setattr(threads, "_of_torch", lambda: None)
+        assert torch.equal(cpu.multiply(packed, x), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_architectures(architecture, tmp_path, said):
+    """From memory and from disk the dense pruned model's logits, for a prompt and for a token, and its text."""
+    hf, tokens = tiny_model(architecture), tiny_tokens(2, 12)
+    model, tied = prune(LanguageModel(hf)), is_tied(hf)
+    one = tokens[:1, :1]
+    with torch.no_grad():
+        dense = [hf(given, use_cache=False).logits for given in (tokens, one)]
+        text = hf.generate(tokens[:1], max_new_tokens=4, do_sample=False)
+    save_checkpoint(model, tmp_path)
+    fused = {m.name for m in model.matrices if m.expert is not None}
+    for which in (str(tmp_path), model):
+        said.clear()
+        sparse = sparse_model(which, dtype="float32", threshold=0.5)
+        layers = {id(m): m for m in sparse.modules() if isinstance(m, SparseLinear)}
+        assert len(layers) == len(model.matrices) - len(fused)
+        assert ("several experts" in said.text) == bool(fused)
+        assert not any(p.is_meta for p in (*sparse.parameters(), *sparse.buffers()))
+        assert is_tied(sparse) == tied
+        with torch.no_grad():
+            for given, expected in zip((tokens, one), dense, strict=True):
+                torch.testing.assert_close(sparse(given, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+            assert torch.equal(sparse.generate(tokens[:1], max_new_tokens=4, do_sample=False), text)
+
+
+def test_only_one_block_has_its_dense_matrices(tmp_path, monkeypatch):
+    save_checkpoint(prune(LanguageModel(tiny_model("llama"))), tmp_path)
+    seen = []
+
+    def converted(matrix, *given, real=convert._converted):
+        opened = convert_model.matrices
+        seen.append({m.block for m in opened if not m.stored.is_meta} - {matrix.block})
+        return real(matrix, *given)
+
+    def open_model(*given, real=convert.open_model):
+        nonlocal convert_model
+        convert_model = real(*given)
+        return convert_model
+
+    convert_model = None
+    monkeypatch.setattr(convert, "open_model", open_model)
+    monkeypatch.setattr(convert, "_converted", converted)
+    sparse_model(tmp_path, threshold=0.5)
+    assert len(seen) == 21
+    assert not set().union(*seen)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_generate(cache):
+    hf, tokens = tiny_model("llama"), tiny_tokens(3, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": cache}
+    expected = prune(LanguageModel(hf)).model.generate(tokens, **options)
+    sparse = sparse_model(hf, threshold=0.5)
+    assert torch.equal(sparse.generate(tokens, **options), expected)
+    assert sparse_model(sparse) is sparse
+
+
+def test_16_bits():
+    hf, tokens = tiny_model("llama").bfloat16(), tiny_tokens(2, 12)
+    prune(LanguageModel(hf))
+    with torch.no_grad():
+        exact = copy.deepcopy(hf).float()(tokens).logits
+        sparse = sparse_model(hf, threshold=0.5)
+        assert sparse.dtype == torch.bfloat16
+        assert (sparse(tokens).logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+        assert (sparse(tokens[:1, :1]).logits.float() - exact[:1, :1]).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_layer_is_saved_as_an_ordinary_one(tmp_path):
+    for architecture in ("llama", "gpt2"):
+        hf, tokens = tiny_model(architecture), tiny_tokens(2, 12)
+        model = prune(LanguageModel(hf))
+        before = {name: value.clone() for name, value in hf.state_dict().items()}
+        sparse = sparse_model(model, threshold=0.5)
+        after = sparse.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        sparse.save_pretrained(tmp_path / architecture)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / architecture).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(tokens).logits, sparse(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_a_model_scales_are_scaled():
+    hf, tokens = tiny_model("rwkv", num_hidden_layers=6, rescale_every=2), tiny_tokens(1, 12)
+    model = prune(LanguageModel(hf))
+    with torch.no_grad():
+        expected = copy.deepcopy(hf)(tokens, use_cache=False).logits
+        found = sparse_model(model, threshold=0.5)(tokens, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_inputs():
+    weight = sparse_matrix(8, 40, torch.bfloat16).float()
+    layer, x = SparseLinear(pack(weight), torch.ones(8), torch.float32), torch.randn(3, 40, requires_grad=True)
+    layer(x).square().sum().backward()
+    own = x.detach().clone().requires_grad_()
+    F.linear(own, weight, torch.ones(8)).square().sum().backward()
+    torch.testing.assert_close(x.grad, own.grad)
+
+
+def test_compilers_see_through():
+    weight = sparse_matrix(8, 40, torch.bfloat16).float()
+    layer, x = SparseLinear(pack(weight), torch.ones(8), torch.float32), torch.randn(1, 40)
+    found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, F.linear(x, weight, torch.ones(8)))
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_what_does_not_pay_stays_dense(faster, monkeypatch, said):
+    """Measured once for a shape; sparser matrices of it, where it paid, need no measurement of their own."""
+    measured = []
+
+    def alternating(*_):
+        measured.append(True)
+        return (2.0, 1.0) if faster else (1.0, 2.0)
+
+    monkeypatch.setattr(choice, "_alternating", alternating)
+    monkeypatch.setattr(choice, "_known", {})
+    hf = tiny_model("llama")
+    sparse_model(prune(LanguageModel(hf)))
+    found = [m for m in hf.modules() if isinstance(m, SparseLinear)]
+    shapes = 4  # q and o; k and v; gate and up; down
+    assert len(found) == (21 if faster else 0)
+    assert ("stay dense, as fast with their zeros: model.layers.*" in said.text) == (not faster)
+    assert all(layer.few == 1 for layer in found)  # of several tokens, the second way was the faster
+    assert shapes <= len(measured) <= 2 * 2 * shapes
+
+
+def test_a_model_that_is_not_sparse_is_said_to_be_so(said):
+    hf = tiny_model("llama")
+    sparse_model(hf)
+    assert "LlamaForCausalLM is not sparse (0.0 % of its prunable weights are zero): it stays dense" in said.text
+    assert not any(isinstance(module, SparseLinear) for module in hf.modules())
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_that_do_more_stay(said):
+    hf, tokens = tiny_model("llama"), tiny_tokens(1, 9)
+    model = prune(LanguageModel(hf))
+    first, second, third = (m.module for m in model.matrices[:3])
+    first.__class__ = Scaled
+    second.register_forward_hook(lambda _module, _args, output: output + 1)
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        found = sparse_model(model, threshold=0.5)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert "2 stay dense, as their layers do more than multiply" in said.text
+    assert third not in set(hf.modules())
+
+
+def test_a_folder_that_is_none():
+    with pytest.raises(RunError, match="--model"):
+        sparse_model("./no/such/folder")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pruned checkpoint with a tokenizer."""
+    out = tmp_path_factory.mktemp("pruned")
+    model = prune(LanguageModel(tiny_model("llama")), 0.8)
+    save_checkpoint(model, out)
+    save_tokenizer(out)
+    return out
+
+
+def test_generate_compares(folder):
+    flags = ["--prompt", "w1 w2 w3", "--max_new_tokens", "5", "--compare", "--device", "cpu"]
+    done = forking.run("script/generate.py", ["--model", str(folder), *flags])
+    assert done.returncode == 0, done.stderr
+    first, second, *_ = done.stdout.splitlines()
+    assert first == second  # the text
+    assert first.startswith("w")
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(("| s", "| d"))]
+    assert [row[0] for row in rows] == ["sparse", "dense"]
+    assert all(float(value) >= 0 for row in rows for value in row[1:])
+    assert re.search(r"(79|80)\.\d % zeros", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "w1"], "--model"),
+        (["--model", "no/such/place/at/all", "--prompt", "w1"], "--model no/such/place/at/all: neither"),
+        (["--model", "{}", "--prompt", ""], "--prompt: has no token"),
+        (["--model", "{}", "--prompt", "w1", "--max_new_tokens", "0"], "--max_new_tokens 0: must be at least 1"),
+        (["--model", "{}", "--prompt", "w1", "--max_new_tokens", "64"], "--prompt: its 1 tokens and --max_new_tokens"),
+        (["--model", "{}", "--prompt", "w1", "--dense", "--compare"], "--compare: does what --dense does"),
+        (["--model", "{}", "--prompt", "w1", "--device", "tpu"], "--device: 'tpu' is unknown"),
+        (["--model", "{}", "--prompt", "w1", "--dtype", "int8"], "--dtype: invalid choice"),
+    ],
+)
+def test_errors_of_generate_are_one_line(folder, flags, message):
+    done = forking.run("script/generate.py", [flag.format(folder) for flag in flags])
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("generate.py: error: ")
+    assert message in line
+    assert done.stdout == ""
+
+
+def test_compressed_size(tmp_path):
+    """Of samples as of the whole, for a file of 20 MB."""
+    torch.manual_seed(0)
+    weights = {f"w{i}": F.dropout(torch.randn(1000, 1000).bfloat16(), 0.1 * i) for i in range(10)}
+    save_file(weights, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    whole = pyarrow.Codec("zstd", compression_level=3).compress(data).size
+    size, compressed = compressed_size(tmp_path)
+    assert size == len(data)
+    assert compressed == pytest.approx(whole, rel=0.05)
