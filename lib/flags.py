@@ -70,10 +70,10 @@ class Flags:
             if value is not None and value < bound:
                 raise RunError(f"--{name} {value}: must be at least {bound}")
 
-    def window(self, limit: int | None) -> int:
-        """Tokens a window for a model made for at most `limit`."""
+    def window(self, limit: int | None, usual: int = 2048) -> int:
+        """Tokens a window for a model made for at most `limit`; `usual` where the flag says nothing."""
         if self.seqlen is None:
-            return min(2048, limit or 2048)
+            return min(usual, limit or usual)
         if limit and self.seqlen > limit:
             raise RunError(f"--seqlen {self.seqlen}: the model's limit is {limit}")
         return self.seqlen

@@ -238,7 +238,7 @@ def places(tmp_path_factory):
         save_tokenizer(here / architecture)
         main.run(cli.parse(
             f"--model {here / architecture} --prune_method magnitude {more} --no-eval_wikitext --save {here / 'res'} "
-            f"--save_model {here / architecture}_pruned --device cpu --cache_dir {here / 'cache'}".split()
+            f"--save_model {here / architecture}_pruned --seqlen 16 --device cpu --cache_dir {here / 'cache'}".split()
         ))  # fmt: skip
     return here
 
@@ -282,6 +282,12 @@ def test_two_of_four_stay_two_of_four(places, tmp_path):
     model = LanguageModel(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"))
     for matrix in model.matrices:
         assert (matrix.weight.unflatten(1, (-1, 4)) == 0).sum(-1).eq(2).all(), matrix.name
+
+
+def test_windows_are_as_long_as_the_calibrations(places, tmp_path):
+    words = flags(places, tmp_path)
+    del words[words.index("--seqlen") : words.index("--seqlen") + 2]
+    assert run(cli.parse(words, FinetuneConfig))["training"]["seqlen"] == 16
 
 
 def test_the_perplexity_is_that_of_what_was_saved(places, tmp_path):

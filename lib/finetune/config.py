@@ -46,7 +46,7 @@ class FinetuneConfig(Flags):
     apart = ("cache_dir", "save", "save_model", "quiet", "activation_memory", "restart", "save_steps")
 
     model: str = flag("", "the pruned model: local folder or hub name")
-    data: str = flag("", "training text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
+    data: str = flag("c4", "training text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
     save_model: str = flag("", "folder for the fine-tuned checkpoint")
     method: str = flag("lora", "what is trained: low-rank updates, or every weight left", choices=lambda: list(METHODS))
     rank: int = flag(8, "rank of the updates")
@@ -59,7 +59,7 @@ class FinetuneConfig(Flags):
     epochs: float = flag(1.0, "passes over the training windows")
     nsamples: int | None = flag(None, "training windows (default: all there are, at most 1024)")
     validation_windows: int = flag(16, "windows of the training text held out, to choose settings by; 0: none")
-    seqlen: int | None = flag(None, "tokens a window (default: 2048, or the model's limit)")
+    seqlen: int | None = flag(None, "tokens a window (default: the calibration's, else 2048 or the model's limit)")
     batch_size: int = flag(1, "windows a pass, in each process")
     gradient_accumulation: int = flag(8, "passes a step")
     teacher: str | None = flag(None, "the dense model, whose distribution is aimed at too; it is read block by block")
@@ -95,7 +95,7 @@ class FinetuneConfig(Flags):
 
     def __post_init__(self):
         self.make_tuples("lora_targets", "tasks")
-        self.check_given("model", "data", "save_model")
+        self.check_given("model", "save_model")
         self.check_least(
             rank=1, nsamples=1, validation_windows=0, seqlen=2, batch_size=1, gradient_accumulation=1, seed=0,
             eval_windows=1, task_limit=1, save_steps=1, weight_decay=0, activation_memory=0,

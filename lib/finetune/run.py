@@ -37,7 +37,9 @@ def run(config: FinetuneConfig) -> dict:
     results.prepare_finetuning(config)
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
-        seqlen = config.window(window_limit(load_config(source)))
+        pruning = results.pruning_record(source.path)
+        calibrated = pruning and pruning["config"].get("seqlen")
+        seqlen = config.window(window_limit(load_config(source)), calibrated or 2048)
         tokenizer = load_tokenizer(source)
         wise = _find_teacher(config, tokenizer)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
@@ -98,7 +100,7 @@ def run(config: FinetuneConfig) -> dict:
             for m in model.matrices
         ],
         clock.seconds(), events,
-        pruning=results.pruning_record(source.path),
+        pruning=pruning,
         sparsity={
             "before": zeros.count / total, "after": left.count / total,
             "digest": {"before": zeros.digest, "after": left.digest},
