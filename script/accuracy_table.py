@@ -2,8 +2,8 @@
 
     python script/accuracy_table.py results/*/run.json
 
-A row is a run: its accuracies after pruning; runs with --eval_dense also give a row of the dense model. The mean is that
-of the accuracies (not normalised by length), as in the paper; its standard error takes the tasks' as independent.
+A row is a run: its accuracies after pruning; runs with --eval_dense also give a row of the dense model. The mean is of
+accuracies not normalised by length, as in the paper; its standard error takes the tasks' as independent.
 """
 
 import argparse
