@@ -1,5 +1,6 @@
 """Fixtures of several test files."""
 
+import os
 from pathlib import Path
 
 import forking
@@ -10,6 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lib import precision
+
+if not torch.cuda.is_available():  # before anything imports Triton, whose own functions are made once
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

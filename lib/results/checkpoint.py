@@ -5,13 +5,11 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .. import generation, ranks
@@ -22,7 +20,7 @@ from ..load import Source, find_source, load_model, load_tokenizer
 from ..model import LanguageModel
 from ..storage import as_saved, settle
 from .card import model_card
-from .files import remove, share, write_text
+from .files import share, whole_folder, write_text
 from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,10 +44,7 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
         log.warning("%s", message)
     if not ranks.first():
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        remove(temporary)
-        temporary.mkdir(parents=True)
+    with whole_folder("--save_model", folder) as temporary:
         state = as_saved(state, model.saved_as)
         held = _zeros(state)
         write_model(model, state, temporary)
@@ -59,13 +54,6 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
                 f"--save_model {folder}: holds {written} zeros where the model has {held}; is the disk sound?"
             )
         write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
-        remove(folder)
-        temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"--save_model {folder}: cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.info("checkpoint saved and read again: %s", folder)
 
 

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -40,6 +41,26 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         raise RunError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` in the end; or leave nothing, and `folder` as it was.
+
+    Raises RunError naming `flag` where it cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        remove(folder)
+        temporary.replace(folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{flag} {folder}: cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def share(path: Path) -> None:

@@ -6,14 +6,11 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from .. import ranks
-from ..errors import RunError
 from ..flags import Flags
 from .card import finetuned_card
 from .checkpoint import MARK, without_layers
-from .files import check_folder, remove, write_text
+from .files import check_folder, remove, whole_folder, write_text
 from .journal import Unfinished
 from .run import accuracy_lines, check_checkpoint_folder, environment, peak_memory, run_folder
 from .tokenizer import save_tokenizer
@@ -113,21 +110,11 @@ def save_adapter(adapted, tokenizer, base: str, folder: str | Path) -> None:
     folder = Path(folder).resolve()
     if not ranks.first():
         return
-    temporary = folder.with_name(f".{folder.name}.adapter")
-    try:
-        remove(temporary)
-        temporary.mkdir(parents=True)
+    with whole_folder("--save_model", folder) as temporary:
         for each in adapted.peft_config.values():
             each.base_model_name_or_path = base
         adapted.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
-        remove(folder)
-        temporary.replace(folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"--save_model {folder}: cannot be written: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.info("adapter saved: %s", folder)
 
 
