@@ -11,7 +11,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import RunConfig
-from ..finetune.config import FinetuneConfig
 from ..flags import Flags, flag_of
 from ..known_models import KNOWN_MODELS
 
@@ -74,7 +73,7 @@ with these settings:
     return str(ModelCard(text))
 
 
-def finetuned_card(config: FinetuneConfig, record: dict) -> str:
+def finetuned_card(config: Flags, record: dict) -> str:
     """The card of a fine-tuned checkpoint, or of an adapter, with all the steps that it was made in."""
     steps, first = _steps(config, record), record
     while first.get("pruning"):
@@ -137,7 +136,7 @@ def _steps(config: Flags, record: dict) -> list[str]:
     earlier = record.get("pruning")
     before = []
     if earlier:
-        kind = FinetuneConfig if "training" in earlier else RunConfig
+        kind = type(config) if "training" in earlier else RunConfig  # fine-tuned before as well, or pruned
         before = _steps(kind.recorded(earlier["config"]), earlier)
     return [*before, _command(config, Path(config.save_model).name)]
 
