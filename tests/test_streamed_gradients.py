@@ -17,14 +17,14 @@ from lib.trials import Trials
 FAMILIES = [*ARCHITECTURES, *HERE]
 
 
-def both(name: str, folder):
+def both(name: str, folder, dtype: str = "auto"):
     """A model in memory and the same one streamed."""
     hf = family(name) if name in HERE else tiny_model(name)
     hf.save_pretrained(folder / "model", max_shard_size="20KB")
     source = find_source(str(folder / "model"))
-    streamed = open_model(source, "cpu")
+    streamed = open_model(source, "cpu", dtype)
     streamed.load_rest()
-    return load_model(source, "cpu"), streamed
+    return load_model(source, "cpu", dtype), streamed
 
 
 def gradients_of(model, tokens, batch_size, store=None) -> dict[str, list[torch.Tensor]]:
@@ -61,6 +61,15 @@ def test_they_are_the_same_to_the_bit_in_mixed_precision(name, tmp_path):
     whole, streamed = both(name, tmp_path)
     tokens = tiny_tokens(5)
     found = gradients_of(streamed, tokens, 2, Store(tmp_path, limit=0))
+    for matrix, gradients in gradients_of(whole, tokens, 2).items():
+        assert all(torch.equal(one, other) for one, other in zip(found[matrix], gradients, strict=True)), matrix
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])  # of the second, tensors of the files are put together
+def test_those_of_a_model_in_float16_are_taken_too(name, tmp_path):
+    whole, streamed = both(name, tmp_path, "float16")
+    tokens = tiny_tokens(4)
+    found = gradients_of(streamed, tokens, 2)
     for matrix, gradients in gradients_of(whole, tokens, 2).items():
         assert all(torch.equal(one, other) for one, other in zip(found[matrix], gradients, strict=True)), matrix
 
