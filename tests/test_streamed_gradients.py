@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from test_bad_input import make_texts, save_tokenizer
 from test_handed_on import HERE, family
 from test_stream import config_of
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
-from lib import PRUNERS, Pattern, RunError, find_source, prune_model
+import main
+from lib import PRUNERS, Pattern, RunConfig, RunError, find_source, prune_model
 from lib.activations import Store
 from lib.fisher import row_fisher
 from lib.gradients import visit_gradients
@@ -110,6 +112,34 @@ def test_a_streamed_run_plans_what_one_in_memory_does(method, options, tmp_path)
     assert len(set(planned[0]["targets"].values())) > 1 or options
     kinds = [[(s["parameter"], s.get("chosen")) for s in one["searches"]] for one in planned]
     assert kinds[0] == kinds[1]
+
+
+def test_a_shared_matrix_is_refused_before_any_work(tmp_path, monkeypatch):
+    tiny_model("zamba").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    make_texts(tmp_path)
+    monkeypatch.setattr(main, "perplexity", lambda *_, **__: pytest.fail("the work has begun"))
+    config = run_config(tmp_path, prune_method="wanda_search", sparsity_ratio=0.5, stream=True)
+    with pytest.raises(RunError, match=r"--stream: .*shared_transf.* is used more than once .* leave out --stream"):
+        main.run(config)
+
+
+def test_what_no_pruner_reads_is_not_measured(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    make_texts(tmp_path)
+    monkeypatch.setattr(main, "row_fisher", lambda *_: pytest.fail("2:4 reads no Fisher information"))
+    record = main.run(run_config(tmp_path, prune_method="sparsegpt", sparsity_type="2:4", fisher=0.5))
+    assert "without effect on this run: --fisher" in [event["message"] for event in record["events"]]
+
+
+def run_config(folder, **options) -> RunConfig:
+    text = str(folder / "words.txt")
+    return RunConfig(
+        model=str(folder / "model"), calib_data=text, eval_data=text, seqlen=16, nsamples=4, eval_windows=2,
+        device="cpu", eval_dense=True, save=str(folder / "results"), save_model=str(folder / "pruned"),
+        cache_dir=str(folder / "cache"), **options,
+    )  # fmt: skip
 
 
 def test_what_memory_a_store_gives_it_counts(tmp_path):
