@@ -142,6 +142,23 @@ def run_config(folder, **options) -> RunConfig:
     )  # fmt: skip
 
 
+def test_gradients_on_the_way_back_are_held_for_one_block(tmp_path, monkeypatch):
+    """Beside what every block gives, by the formula of docs/SCALING.md: L + 1 hidden states, and 2 on the way back."""
+    tiny_model("llama", num_hidden_layers=8).save_pretrained(tmp_path / "model")
+    model = open_model(find_source(str(tmp_path / "model")), "cpu")
+    model.load_rest()
+    store, most, hold = Store(tmp_path, limit=10**9), [], Store.hold
+
+    def watched(self, size: int, owner: object) -> None:
+        hold(self, size, owner)
+        most.append(self.held)
+
+    monkeypatch.setattr(Store, "hold", watched)
+    gradients_of(model, tiny_tokens(8), 2, store)
+    assert max(most) <= (8 + 1 + 2) * 8 * 24 * 32 * 4
+    assert store.held == 0
+
+
 def test_what_memory_a_store_gives_it_counts(tmp_path):
     store = Store(tmp_path, limit=100)
     first = store.copy(torch.arange(10, dtype=torch.float32))
