@@ -11,6 +11,7 @@ from lib.analysis import analyze, describe, note, score, weigh_bos
 from lib.config import RunConfig
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
+from lib.gradients import check_differentiable
 from lib.inputs import read_inputs
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
 from lib.plan import carry_out, plan
@@ -52,6 +53,8 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
                 held_tokens=config.streamed_windows * seqlen, copies=config.copies,
             )  # fmt: skip
         model.check(config.pattern, windows.calibration, evaluation)
+        if config.takes_gradients:
+            check_differentiable(model)
         described, batch = describe(model, events, source), config.batch(seqlen)
 
     if config.writes_own_text:
@@ -91,7 +94,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         scores, portraits = score(config, model, clock, events)
 
     rows = None
-    if config.fisher:
+    if config.weighs_rows:
         with clock("fisher"):
             rows = row_weights(row_fisher(model, windows.calibration, store, remember), config.fisher)
 

@@ -257,6 +257,15 @@ class RunConfig(Flags):
         return -(-self.nsamples // 2) if allocation.measured or auto else 0
 
     @property
+    def weighs_rows(self) -> bool:
+        """Whether the pruner weighs errors by --fisher."""
+        return self.fisher > 0 and "fisher" not in self.unread()
+
+    @property
+    def takes_gradients(self) -> bool:
+        return self.weighs_rows or ALLOCATIONS[self.allocation].measured
+
+    @property
     def writes_own_text(self) -> bool:
         """Whether the dense model writes the calibration text."""
         return self.calibrated and self.calib_data == OWN_TEXT
@@ -332,7 +341,7 @@ class RunConfig(Flags):
         helps = RELIEF.get(stage, "--batch_size 1")
         if stage == "statistics" and PRUNERS[self.pruner].needs != "gram":
             helps = "--batch_size 1"
-        if not (self.in_parts or self.fisher or self.held_out):
+        if not self.in_parts and "model" not in self.recover:
             helps = f"--stream, which holds one block at a time, or {helps}"
         return helps
 

@@ -133,6 +133,7 @@ def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_s
         with model.resident_block(block), _asked(model.matrices_of(block), visit):
             for batch in range(len(stream)):
                 back.through(number, batch)
+        back.forget(number)
 
 
 class _Back:
@@ -161,25 +162,39 @@ class _Back:
         def outputs(given: Given) -> list[tuple[Tensor, Tensor | None]]:
             leaves = stream.route.call(visit, block, stream.arguments(visit, batch, given))
             wanted = [(value, self._gradients.get((visit, place))) for place, value in enumerate(leaves)]
-            return [(value, gradients[batch]) for value, gradients in wanted if gradients is not None]
+            return [(value, held[batch]) for value, held in wanted if held is not None and batch < len(held)]
 
         self._take(batch, outputs)
+
+    def forget(self, visit: int) -> None:
+        """Let go of what the visit gave and of its gradients: those before it do not read them."""
+        self._gradients = {leaf: held for leaf, held in self._gradients.items() if leaf[0] != visit}
+        self._stream.forget(visit)
 
     def _take(self, batch: int, forward: Callable[[Given], list[tuple[Tensor, Tensor | None]]]) -> None:
         """The gradients of one batch from what `forward` returns, a gradient with each, to what it was given."""
         asked: dict[Leaf, Tensor] = {}
+        handed: dict[Leaf, Tensor] = {}
 
         def given(leaf: Leaf, batch: int) -> Tensor | None:
             value = self._stream.given(leaf, batch)
             if value is None or leaf == ENTRY or not value.is_floating_point():
                 return value
-            return asked.setdefault(leaf, value.detach().requires_grad_())
+            if leaf not in asked:
+                asked[leaf] = value.detach().requires_grad_()
+                # A view, as inside the whole graph: of a leaf autocast keeps one copy for all that read it, and adds up
+                # their gradients in its half precision.
+                handed[leaf] = asked[leaf].view_as(value)
+            return handed[leaf]
 
         with torch.enable_grad(), self._passes():
             pairs = [(value, gradient) for value, gradient in forward(given) if value.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
         for leaf, value in asked.items():
-            found = torch.zeros_like(value) if value.grad is None else value.grad
+            if value.grad is None:  # as of all but the last block's output, where the loss is computed
+                continue
             held = self._gradients.setdefault(leaf, self._stream.hidden.empty())
-            held.put(batch, found if batch == len(held) else held[batch] + found)
+            while len(held) < batch:  # of batches that did not depend on it
+                held.put(len(held), torch.zeros_like(self._stream.given(leaf, len(held))))
+            held.put(batch, value.grad if batch == len(held) else held[batch] + value.grad)

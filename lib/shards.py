@@ -343,7 +343,8 @@ class ShardedModel(LanguageModel):
         held = ExitStack()
 
         def enter(*_):
-            held.enter_context(self.resident_block(index))
+            with torch.autocast(self._device.type, enabled=False):  # what is read is the same whatever the pass is in
+                held.enter_context(self.resident_block(index))
 
         with ExitStack() as stack:
             stack.callback(self.blocks[index].register_forward_pre_hook(enter).remove)

@@ -153,6 +153,10 @@ class Stream:
             if (visit, place) in self._held:
                 self._held[visit, place].put(batch, value)
 
+    def forget(self, visit: int) -> None:
+        """Let go of what a visit gave, of a stream that keeps all."""
+        self._held = {leaf: held for leaf, held in self._held.items() if leaf[0] != visit}
+
     def _output_of(self, visit: int) -> Leaf:
         return ENTRY if visit < 0 else self.route.output_of(visit)
 

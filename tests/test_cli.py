@@ -172,6 +172,20 @@ def test_out_of_memory_names_the_innermost_stage_and_what_helps_it(stage, helps,
     assert helps in err
 
 
+@pytest.mark.parametrize(
+    ("more", "advised"),
+    [
+        (["--prune_method", "alps_search", "--fisher", "0.5"], True),
+        (["--epsilon", "auto"], True),
+        (["--recover", "model"], False),  # which --stream refuses
+        (["--stream", "--save_model", "pruned"], False),
+    ],
+)
+def test_out_of_memory_advises_to_stream_what_can_be_streamed(more, advised, flags, capsys):
+    assert cli.main(raising(torch.OutOfMemoryError("CUDA out of memory.")), [*flags, *more]) == 2
+    assert ("try --stream" in capsys.readouterr().err) == advised
+
+
 def test_interrupted(flags, capsys):
     assert cli.main(raising(KeyboardInterrupt()), flags) == 130
     out, err = capsys.readouterr()
