@@ -19,7 +19,7 @@ from ..model import LanguageModel
 from ..stopwatch import Stopwatch
 from ..stream import BlockwiseError
 from .config import FinetuneConfig
-from .student import MaskedLora, PlainLora, Student, Survivors
+from .student import DivergedError, MaskedLora, PlainLora, Student, Survivors
 from .teacher import Teacher, as_teacher
 from .zeros import Zeros
 
@@ -76,10 +76,14 @@ def run(config: FinetuneConfig) -> dict:
         if not student.settle_passes(windows[:1]):
             note(events, f"{described['class']} does not run in mixed precision: passes are in its own type")
         model.model.train()
-        training = train(config, student, windows, state.folder, state.latest)
-        model.model.eval().requires_grad_(False)
-        student.finish()
-    _check_trained(model, zeros)
+        try:
+            training = train(config, student, windows, state.folder, state.latest)
+            model.model.eval().requires_grad_(False)
+            student.finish()
+            _check_trained(model, zeros)
+        except DivergedError:
+            state.close()
+            raise
 
     if config.keep_adapter:
         results.save_adapter(student.adapter[0], tokenizer, source.name, config.save_model)
@@ -191,10 +195,10 @@ def _student(config: FinetuneConfig, model: LanguageModel, teacher: Teacher | No
 
 
 def _check_trained(model: LanguageModel, zeros: Zeros) -> None:
-    """Raises RunError for weights that are none any more; a zero that was filled is a bug."""
+    """Raises DivergedError for weights that are none any more; a zero that was filled is a bug."""
     for matrix in model.matrices:
         if not matrix.weight.isfinite().all():
-            raise RunError(f"{matrix.name}: holds NaN or infinity after fine-tuning; lower --learning_rate")
+            raise DivergedError(f"{matrix.name}: holds NaN or infinity after fine-tuning; lower --learning_rate")
     if filled := zeros.filled(model):
         raise AssertionError(f"zeros were filled: {filled}")
 
