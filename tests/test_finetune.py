@@ -385,6 +385,18 @@ def test_an_adapter_that_the_models_own_code_cannot_read_is_refused(places, tmp_
         tune(places, tmp_path, "dbrx", "--keep_adapter")
 
 
+@pytest.mark.parametrize(("method", "noted"), [("lora", False), ("full", True)])
+def test_zeros_outside_the_prunable_matrices_are_said_to_be_trained(method, noted, places, tmp_path):
+    model = pruned("llama").model
+    model.lm_head.weight.data[:, :8] = 0
+    model.save_pretrained(places / "head_pruned")
+    save_tokenizer(places / "head_pruned")
+    events = tune(places, tmp_path, "head", f"--method {method}")["events"]
+    assert any("like other weights: lm_head.weight (25%)" in event["message"] for event in events) == noted
+    saved = load_file(tmp_path / "tuned" / "model.safetensors")["lm_head.weight"]
+    assert bool(saved[:, :8].any()) == noted
+
+
 def test_without_any_evaluation(places, tmp_path):
     record = tune(places, tmp_path, more="--no-eval_wikitext --validation_windows 0 --optim adafactor")
     assert (record["loss"], record["perplexity"]) == (None, None)

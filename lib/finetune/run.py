@@ -51,6 +51,8 @@ def run(config: FinetuneConfig) -> dict:
         model.check(Pattern(), windows, validation, evaluation)
         described = describe(model, events, source)
         zeros = _zeros(model, events)
+        if config.method == "full":
+            _note_other_zeros(model, events)
     batch = config.evaluation_batch(seqlen)
 
     def measure(what: str) -> dict:
@@ -154,6 +156,18 @@ def _zeros(model: LanguageModel, events: list[dict]) -> Zeros:
     if share < FEW:
         note(events, f"only {share:.2%} of the prunable weights are zero: was the model pruned?")
     return zeros
+
+
+def _note_other_zeros(model: LanguageModel, events: list[dict]) -> None:
+    """Note the zeros of what is no prunable matrix, such as a head that another tool has pruned: they are trained."""
+    prunable, filled = {id(matrix.stored) for matrix in model.matrices}, []
+    for name, parameter in model.model.named_parameters():
+        if id(parameter) not in prunable and parameter.dim() > 1:
+            share = 1 - int(parameter.count_nonzero()) / parameter.numel()
+            if FEW < share < 1:  # one that is all zeros begins so
+                filled.append(f"{name} ({share:.0%})")
+    if filled:
+        note(events, f"zeros outside the prunable matrices are trained like other weights: {', '.join(filled)}")
 
 
 def _find_teacher(config: FinetuneConfig, tokenizer) -> Source | None:
