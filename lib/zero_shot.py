@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import io
 import itertools
 import logging
 import random
@@ -125,7 +126,7 @@ def evaluate(
     from .harness import HarnessModel
 
     seen = HarnessModel(model, batch, bos=tasks.bos, store=store, what=what)
-    with _generators():
+    with _generators(), contextlib.redirect_stdout(io.StringIO()):  # it prints what it is at
         random.setstate(tasks._dice[0])
         numpy.random.set_state(tasks._dice[1])
         found = evaluate_tasks(lm=seen, task_dict=tasks.loaded, limit=tasks.limit, log_samples=False)

@@ -296,13 +296,14 @@ def test_a_task_that_has_the_model_write(own, folder, tmp_path):
             main.run(config_of(folder, tmp_path, tasks=(str(tmp_path / "writes.yaml"),), **change))
 
 
-def test_the_summary_shows_the_accuracy_that_the_mean_counts(own, folder, tmp_path):
-    """Whichever metric a task names first."""
+def test_the_summary_shows_the_accuracy_that_the_mean_counts(own, folder, tmp_path, capsys):
+    """Whichever metric a task names first; and nothing else is on stdout, where the harness says that it bootstraps."""
     more = "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]"
     text = OWN.format(name="last", data=own / "data.jsonl", kind="loglikelihood", more=more)
     (tmp_path / "last.yaml").write_text(text)
     record = main.run(config_of(folder, tmp_path, tasks=(str(tmp_path / "last.yaml"),)))
     assert next(iter(record["zero_shot"]["tasks"]["last"]["pruned"])) == "perplexity"
+    assert capsys.readouterr().out == ""
     found = record["zero_shot"]["tasks"]["last"]["pruned"]["acc"]
     row = next(line for line in results.summary(record).splitlines() if line.startswith("  last"))
     assert row.split()[:3] == ["last", "-", f"{found:.4f}"]
