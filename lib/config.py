@@ -183,8 +183,7 @@ class RunConfig(Flags):
     def _check_combinations(self) -> None:
         if not self.ww_metric:
             raise RunError("--WW_metric: is missing; name at least one")
-        if self.activation_memory is not None and not self.activation_memory >= 0:
-            raise RunError(f"--activation_memory {self.activation_memory:g}: must be at least 0, in GB")
+        self.check_least(activation_memory=0)
         if self.analyze_only:
             return
         if self.stream and self.save_model is None:

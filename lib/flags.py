@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -64,11 +65,17 @@ class Flags:
                     raise unknown_name(flag_of(item), one, choices())
 
     def check_least(self, **least: int) -> None:
-        """Raises RunError for a number, where there is one, below the least that it may be."""
+        """Raises RunError for a number, where there is one, below the least that it may be, or that is not finite."""
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise RunError(f"--{name} {value}: must be at least {bound}")
+            if value is not None and not bound <= value < math.inf:
+                raise RunError(f"--{name} {value}: must be at least {bound}{' and finite' if value > bound else ''}")
+
+    def check_above_zero(self, *names: str) -> None:
+        """Raises RunError for a number that is not above 0 and finite."""
+        for name in names:
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise RunError(f"--{name} {value:g}: must be above 0{' and finite' if value > 0 else ''}")
 
     def window(self, limit: int | None, usual: int = 2048) -> int:
         """Tokens a window for a model made for at most `limit`; `usual` where the flag says nothing."""

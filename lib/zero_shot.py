@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import importlib.metadata
+import io
 import itertools
 import logging
 import random
@@ -76,6 +77,7 @@ def load(
         numpy.random.seed(SEEDS[1])
         for name in names:
             definition = manager.task_index[name].cfg
+            _check_members(manager, name, definition)
             _refuse(name, definition, streamed, bos)
             with data_sets(cache_dir, name) as failed:
                 try:
@@ -124,7 +126,7 @@ def evaluate(
     from .harness import HarnessModel
 
     seen = HarnessModel(model, batch, bos=tasks.bos, store=store, what=what)
-    with _generators():
+    with _generators(), contextlib.redirect_stdout(io.StringIO()):  # it prints what it is at
         random.setstate(tasks._dice[0])
         numpy.random.set_state(tasks._dice[1])
         found = evaluate_tasks(lm=seen, task_dict=tasks.loaded, limit=tasks.limit, log_samples=False)
@@ -248,9 +250,25 @@ def _resolve(manager, word: str) -> list[str]:
         return [word]
     if "," in word:
         return [name for part in word.split(",") if part for name in _resolve(manager, part)]
+    raise _unknown(manager, "--tasks", word)
+
+
+def _check_members(manager, name: str, definition: dict) -> None:
+    """Raises RunError for a group, of the name in --tasks, that has a member which is defined nowhere."""
+    members = definition.get("task")
+    for member in members if isinstance(members, list) else []:
+        if isinstance(member, dict) and "task" in member and not isinstance(member["task"], str):
+            _check_members(manager, name, member)  # a group within the group
+        elif isinstance(member, str) and member not in manager.task_index:
+            raise _unknown(manager, f"--tasks {name}", member)
+        elif isinstance(member, str):
+            _check_members(manager, name, manager.task_index[member].cfg or {})
+
+
+def _unknown(manager, where: str, word: str) -> RunError:
     near = difflib.get_close_matches(word, manager.all_tasks, n=3)
-    guess = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is near"
-    raise RunError(f"--tasks: '{word}' is unknown; {guess} `lm_eval ls tasks` lists all")
+    guess = f"did you mean {' or '.join(map(repr, near))}?" if near else "no name is near;"
+    return RunError(f"{where}: '{word}' is unknown; {guess} `lm_eval ls tasks` lists all")
 
 
 def _refuse(name: str, definition: dict, streamed: bool, bos: int | None, multimodal: bool = False) -> None:

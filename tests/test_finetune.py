@@ -171,6 +171,7 @@ def test_what_is_tied_stays_tied():
 def test_targets_by_name():
     student = MaskedLora(pruned("llama"), 4, 8.0, ("q_proj", "v_proj"), torch.float32)
     assert len(student.updates) == 2 * 3
+    assert len(MaskedLora(pruned("llama"), 4, 8.0, ("q_proj", "all"), torch.float32).updates) == 7 * 3
     with pytest.raises(RunError, match=r"--lora_targets: .* no matrix called c_attn; it has q_proj, k_proj, v_proj"):
         MaskedLora(pruned("llama"), 4, 8.0, ("c_attn",), torch.float32)
 
@@ -376,6 +377,26 @@ def test_an_adapter_is_an_ordinary_one(architecture, places, tmp_path):
     assert any("merged into the pruned model it fills them" in event["message"] for event in record["events"])
 
 
+def test_an_adapter_that_the_models_own_code_cannot_read_is_refused(places, tmp_path):
+    """DBRX's experts take their weights out of a module that peft has wrapped."""
+    pruned("dbrx").model.save_pretrained(places / "dbrx_pruned")
+    save_tokenizer(places / "dbrx_pruned")
+    with pytest.raises(RunError, match="--keep_adapter: peft makes no adapter of DbrxForCausalLM"):
+        tune(places, tmp_path, "dbrx", "--keep_adapter")
+
+
+@pytest.mark.parametrize(("method", "noted"), [("lora", False), ("full", True)])
+def test_zeros_outside_the_prunable_matrices_are_said_to_be_trained(method, noted, places, tmp_path):
+    model = pruned("llama").model
+    model.lm_head.weight.data[:, :8] = 0
+    model.save_pretrained(places / "head_pruned")
+    save_tokenizer(places / "head_pruned")
+    events = tune(places, tmp_path, "head", f"--method {method}")["events"]
+    assert any("like other weights: lm_head.weight (25%)" in event["message"] for event in events) == noted
+    saved = load_file(tmp_path / "tuned" / "model.safetensors")["lm_head.weight"]
+    assert bool(saved[:, :8].any()) == noted
+
+
 def test_without_any_evaluation(places, tmp_path):
     record = tune(places, tmp_path, more="--no-eval_wikitext --validation_windows 0 --optim adafactor")
     assert (record["loss"], record["perplexity"]) == (None, None)
@@ -425,6 +446,14 @@ def test_another_run_does_not_go_on(places, tmp_path, monkeypatch):
     assert tune(places, tmp_path, more="--save_steps 2 --rank 4 --restart")["training"]["steps"] == 8
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_that_diverges_leaves_nothing_to_go_on_from(method, places, tmp_path):
+    with pytest.raises(RunError, match="lower --learning_rate"):
+        tune(places, tmp_path, more=f"--method {method} --save_steps 2 --optim sgd --learning_rate 1e30")
+    assert not list(tmp_path.glob(".tuned*"))
+    assert tune(places, tmp_path, more=f"--method {method} --save_steps 2")["training"]["steps"] == 8
+
+
 @pytest.mark.parametrize(
     ("targets", "what"), [("all", ".tuned.training"), ("q_proj", "tuned")], ids=["the state", "the checkpoint"]
 )
@@ -465,6 +494,9 @@ def test_ranks_share_the_windows_and_not_the_result(places, tmp_path):
         ("--rank 0", "--rank 0: must be at least 1"),
         ("--alpha 0", "--alpha 0: must be above 0"),
         ("--learning_rate nan", "--learning_rate nan: must be above 0"),
+        ("--alpha inf", "--alpha inf: must be above 0 and finite"),
+        ("--weight_decay nan", "--weight_decay nan: must be at least 0"),
+        ("--activation_memory inf", "--activation_memory inf: must be at least 0 and finite"),
         ("--optim adamw_tosh", "--optim: 'adamw_tosh' is unknown; did you mean 'adamw_torch'?"),
         ("--optim lomo", "--optim lomo: cannot be used here"),
         ("--distill 0.5", "--distill 0.5: needs --teacher"),

@@ -296,6 +296,19 @@ def test_a_task_that_has_the_model_write(own, folder, tmp_path):
             main.run(config_of(folder, tmp_path, tasks=(str(tmp_path / "writes.yaml"),), **change))
 
 
+def test_the_summary_shows_the_accuracy_that_the_mean_counts(own, folder, tmp_path, capsys):
+    """Whichever metric a task names first; and nothing else is on stdout, where the harness says that it bootstraps."""
+    more = "metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]"
+    text = OWN.format(name="last", data=own / "data.jsonl", kind="loglikelihood", more=more)
+    (tmp_path / "last.yaml").write_text(text)
+    record = main.run(config_of(folder, tmp_path, tasks=(str(tmp_path / "last.yaml"),)))
+    assert next(iter(record["zero_shot"]["tasks"]["last"]["pruned"])) == "perplexity"
+    assert capsys.readouterr().out == ""
+    found = record["zero_shot"]["tasks"]["last"]["pruned"]["acc"]
+    row = next(line for line in results.summary(record).splitlines() if line.startswith("  last"))
+    assert row.split()[:3] == ["last", "-", f"{found:.4f}"]
+
+
 def test_ranks_share_the_requests_and_all_have_the_results(own, folder, tmp_path):
     numbers = []
     for count in (1, 2, 8):  # eight for seven documents
@@ -344,6 +357,7 @@ def test_what_cannot_be_had_is_left_out_and_said(hub, folder, tmp_path):
         ("{tmp}/included.yaml", "included.yaml: .*No such file"),
         ("{tmp}/nameless.yaml", "nameless.yaml: names no task"),
         ("{tmp}/misspelt.yaml", "none can be had: misspelt: .*outputtype"),
+        ("{tmp}/group.yaml", "few: 'arc_eazy' is unknown; did you mean 'arc_easy'"),
         ("{tmp}/empty", "empty: holds no task"),
         ("{tmp}/badly", "bad.yaml: while parsing"),
     ],
@@ -353,6 +367,7 @@ def test_one_line_before_the_model(tasks, says, hub, folder, tmp_path, monkeypat
     (tmp_path / "included.yaml").write_text("include: nowhere.yaml\ntask: mine")
     (tmp_path / "nameless.yaml").write_text("doc_to_text: hello")
     (tmp_path / "misspelt.yaml").write_text("task: misspelt\noutputtype: multiple_choice")
+    (tmp_path / "group.yaml").write_text("group: few\ntask: [arc_challenge, {group: inner, task: [arc_eazy]}]")
     (tmp_path / "empty").mkdir()
     (tmp_path / "badly").mkdir()
     (tmp_path / "badly" / "bad.yaml").write_text("task: [mine\nother: {")

@@ -100,9 +100,7 @@ class FinetuneConfig(Flags):
             rank=1, nsamples=1, validation_windows=0, seqlen=2, batch_size=1, gradient_accumulation=1, seed=0,
             eval_windows=1, task_limit=1, save_steps=1, weight_decay=0, activation_memory=0,
         )  # fmt: skip
-        for name in ("alpha", "learning_rate", "epochs"):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise RunError(f"--{name} {value:g}: must be above 0")
+        self.check_above_zero("alpha", "learning_rate", "epochs")
         self._check_combinations()
         choose_device(self.device)
         find_corpus("--data", self.data)

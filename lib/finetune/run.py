@@ -19,7 +19,7 @@ from ..model import LanguageModel
 from ..stopwatch import Stopwatch
 from ..stream import BlockwiseError
 from .config import FinetuneConfig
-from .student import MaskedLora, PlainLora, Student, Survivors
+from .student import DivergedError, MaskedLora, PlainLora, Student, Survivors
 from .teacher import Teacher, as_teacher
 from .zeros import Zeros
 
@@ -51,6 +51,8 @@ def run(config: FinetuneConfig) -> dict:
         model.check(Pattern(), windows, validation, evaluation)
         described = describe(model, events, source)
         zeros = _zeros(model, events)
+        if config.method == "full":
+            _note_other_zeros(model, events)
     batch = config.evaluation_batch(seqlen)
 
     def measure(what: str) -> dict:
@@ -76,10 +78,14 @@ def run(config: FinetuneConfig) -> dict:
         if not student.settle_passes(windows[:1]):
             note(events, f"{described['class']} does not run in mixed precision: passes are in its own type")
         model.model.train()
-        training = train(config, student, windows, state.folder, state.latest)
-        model.model.eval().requires_grad_(False)
-        student.finish()
-    _check_trained(model, zeros)
+        try:
+            training = train(config, student, windows, state.folder, state.latest)
+            model.model.eval().requires_grad_(False)
+            student.finish()
+            _check_trained(model, zeros)
+        except DivergedError:
+            state.close()
+            raise
 
     if config.keep_adapter:
         results.save_adapter(student.adapter[0], tokenizer, source.name, config.save_model)
@@ -152,6 +158,18 @@ def _zeros(model: LanguageModel, events: list[dict]) -> Zeros:
     return zeros
 
 
+def _note_other_zeros(model: LanguageModel, events: list[dict]) -> None:
+    """Note the zeros of what is no prunable matrix, such as a head that another tool has pruned: they are trained."""
+    prunable, filled = {id(matrix.stored) for matrix in model.matrices}, []
+    for name, parameter in model.model.named_parameters():
+        if id(parameter) not in prunable and parameter.dim() > 1:
+            share = 1 - int(parameter.count_nonzero()) / parameter.numel()
+            if FEW < share < 1:  # one that is all zeros begins so
+                filled.append(f"{name} ({share:.0%})")
+    if filled:
+        note(events, f"zeros outside the prunable matrices are trained like other weights: {', '.join(filled)}")
+
+
 def _find_teacher(config: FinetuneConfig, tokenizer) -> Source | None:
     """Where the teacher comes from. Raises RunError where its tokens are not the student's."""
     if config.teacher is None:
@@ -191,10 +209,10 @@ def _student(config: FinetuneConfig, model: LanguageModel, teacher: Teacher | No
 
 
 def _check_trained(model: LanguageModel, zeros: Zeros) -> None:
-    """Raises RunError for weights that are none any more; a zero that was filled is a bug."""
+    """Raises DivergedError for weights that are none any more; a zero that was filled is a bug."""
     for matrix in model.matrices:
         if not matrix.weight.isfinite().all():
-            raise RunError(f"{matrix.name}: holds NaN or infinity after fine-tuning; lower --learning_rate")
+            raise DivergedError(f"{matrix.name}: holds NaN or infinity after fine-tuning; lower --learning_rate")
     if filled := zeros.filled(model):
         raise AssertionError(f"zeros were filled: {filled}")
 

@@ -17,6 +17,10 @@ from .config import ALL
 from .teacher import Teacher
 
 
+class DivergedError(RunError):
+    """Training has left no numbers; from what it saved nothing can go on."""
+
+
 class Student(nn.Module):
     """The loss of a pruned model on windows, as the Trainer wants it.
 
@@ -200,20 +204,30 @@ class PlainLora(Student):
         try:
             adapted = get_peft_model(model.model, config)
         except (ValueError, AttributeError, TypeError) as error:
-            raise RunError(
-                f"--keep_adapter: peft makes no adapter of {type(model.model).__name__} ({reason_of(error)}); leave it "
-                "out to train masked updates, which are merged"
-            ) from error
+            raise _no_adapter(model, error) from error
         super().__init__(model, *rest)
         self.adapter = (adapted,)  # not as a module, of which it is one already
+
+    def settle_passes(self, tokens: Tensor) -> bool:
+        try:
+            return super().settle_passes(tokens)
+        except (ValueError, AttributeError, TypeError) as error:  # of code that reads what peft has wrapped
+            raise _no_adapter(self.language_model, error) from error
 
 
 ADAPTER = "default"
 
 
+def _no_adapter(model: LanguageModel, error: Exception) -> RunError:
+    return RunError(
+        f"--keep_adapter: peft makes no adapter of {type(model.model).__name__} ({reason_of(error)}); leave it out to "
+        "train masked updates, which are merged"
+    )
+
+
 def targeted(model: LanguageModel, targets: tuple[str, ...]) -> list[Matrix]:
     """The matrices with one of these names among the parts of their own. Raises RunError for a name of none."""
-    if targets == (ALL,):
+    if ALL in targets:
         return model.matrices
     known: dict[str, list[Matrix]] = {}
     for matrix in model.matrices:

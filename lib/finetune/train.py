@@ -1,6 +1,7 @@
 """A student through transformers' Trainer: its settings, its log, and what it says when something goes wrong."""
 
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..errors import RunError, reason_of
 from ..load import choose_device
 from ..progress import progress
 from .config import FinetuneConfig
-from .student import Student
+from .student import DivergedError, Student
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ def train(config: FinetuneConfig, student: Student, windows: Tensor, folder: Pat
     """Train on windows (n, S); the `training` part of run.json. A run broken off goes on after `latest`.
 
     The order of the windows, and all else that is random, follows from --seed. Raises RunError for an optimiser that
-    cannot be used here, and where the state of the run cannot be written into `folder`.
+    cannot be used here, and where the state of the run cannot be written into `folder`; DivergedError where the loss
+    is no number any more.
     """
     data = [{"input_ids": window, "window": number} for number, window in enumerate(windows)]
     with warnings.catch_warnings():
@@ -115,6 +117,8 @@ class _Log(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
+            if not math.isfinite(float(logs["loss"])):
+                raise DivergedError(f"the loss is {logs['loss']} at step {state.global_step}; lower --learning_rate")
             log.info(
                 "step %d of %d: loss %.4f, learning rate %.2e",
                 state.global_step, state.max_steps, float(logs["loss"]), float(logs["learning_rate"]),

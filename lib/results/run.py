@@ -277,7 +277,8 @@ def accuracy_lines(zero_shot: dict) -> list[str]:
         return f"  {name[:26]:26}{was:>10}{now:>10.4f}" + (f" ± {error:.4f}" if error else "")
 
     for name, task in zero_shot["tasks"].items():
-        metric = next(iter(task[last]))
+        counted = (key for key in task[last] if key.partition(",")[0] == zero_shot["mean"]["metric"])
+        metric = next(counted, next(iter(task[last])))
         was = task[first] and task[first][metric]
         label = name if metric == zero_shot["mean"]["metric"] else f"{name}, {metric}"
         error = task[last].get("_stderr,".join(metric.split(",")) if "," in metric else f"{metric}_stderr")
