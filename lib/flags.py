@@ -69,7 +69,8 @@ class Flags:
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and not bound <= value < math.inf:
-                raise RunError(f"--{name} {value}: must be at least {bound}{' and finite' if value > bound else ''}")
+                given = f"{value:g}" if isinstance(value, float) else value
+                raise RunError(f"--{name} {given}: must be at least {bound}{' and finite' if value > bound else ''}")
 
     def check_above_zero(self, *names: str) -> None:
         """Raises RunError for a number that is not above 0 and finite."""
