@@ -181,8 +181,7 @@ class RunConfig(Flags):
                 )
 
     def _check_combinations(self) -> None:
-        if not self.ww_metric:
-            raise RunError("--WW_metric: is missing; name at least one")
+        self.check_named("ww_metric")
         self.check_least(activation_memory=0)
         if self.analyze_only:
             return
@@ -216,8 +215,8 @@ class RunConfig(Flags):
                 )
         if self.eval_dense and not (self.eval_wikitext or self.eval_zero_shot):
             raise RunError("--eval_dense: needs the evaluation that --no-eval_wikitext turns off, or --eval_zero_shot")
-        if self.eval_zero_shot and not self.tasks:
-            raise RunError("--tasks: is missing; name at least one")
+        if self.eval_zero_shot:
+            self.check_named("tasks")
 
     @property
     def pruner(self) -> str:

@@ -64,6 +64,12 @@ class Flags:
                 if choices and one != item.default and one not in choices():
                     raise unknown_name(flag_of(item), one, choices())
 
+    def check_named(self, name: str) -> None:
+        """Raises RunError for a flag that takes one word or more and has none."""
+        if not getattr(self, name):
+            spelling = next(flag_of(item) for item in fields(self) if item.name == name)
+            raise RunError(f"{spelling}: is missing; name at least one")
+
     def check_least(self, **least: int) -> None:
         """Raises RunError for a number, where there is one, below the least that it may be, or that is not finite."""
         for name, bound in least.items():

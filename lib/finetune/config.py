@@ -118,8 +118,8 @@ class FinetuneConfig(Flags):
             for name in ("rank", "alpha", "lora_targets", "keep_adapter"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise RunError(f"--{name}: is of --method lora, and this is --method {self.method}")
-        if self.eval_zero_shot and not self.tasks:
-            raise RunError("--tasks: is missing; name at least one")
+        if self.eval_zero_shot:
+            self.check_named("tasks")
         if self.keep_adapter and self.save_dtype != "auto":
             raise RunError("--save_dtype: is of a checkpoint, and --keep_adapter saves none")
 

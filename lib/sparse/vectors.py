@@ -55,47 +55,43 @@ def filled(vector: ir.VectorType, number: float) -> ir.Constant:
     return ir.Constant(vector, [number] * vector.count)
 
 
-def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+def _bytes(kind: ir.Type) -> int:
+    """Of a number, or of each in a vector."""
     element = kind.element if isinstance(kind, ir.VectorType) else kind
-    width = 4 if isinstance(element, ir.FloatType) else element.width // 8
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=width)
+    return 4 if isinstance(element, ir.FloatType) else element.width // 8
 
 
-@operation(types.int64, ADDRESS)
-def load_long(builder, address):
-    return load(builder, address, LONG)
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=_bytes(kind))
 
 
-@operation(types.uint32, ADDRESS)
-def load_mask(builder, address):
-    return load(builder, address, WORD)
+def loading(result: types.Type, kind: ir.Type):
+    """The operation that reads an LLVM type at an address."""
+
+    def emit(builder, address):
+        return load(builder, address, kind)
+
+    return operation(result, ADDRESS)(emit)
+
+
+def storing(given: types.Type, kind: ir.Type):
+    """The operation that writes an LLVM type to an address."""
+
+    def emit(builder, address, value):
+        builder.store(value, builder.inttoptr(address, kind.as_pointer()), align=_bytes(kind))
+        return NOTHING
+
+    return operation(types.void, ADDRESS, given)(emit)
+
+
+load_long, load_mask = loading(types.int64, LONG), loading(types.uint32, WORD)
+load_half_word, store_half_word = loading(types.uint16, HALF_WORD), storing(types.uint16, HALF_WORD)
+load_float, store_float = loading(types.float32, FLOAT), storing(types.float32, FLOAT)
 
 
 @operation(MASK, ADDRESS)
 def load_byte(builder, address):
     return builder.zext(load(builder, address, BYTE), WORD)
-
-
-@operation(types.uint16, ADDRESS)
-def load_half_word(builder, address):
-    return load(builder, address, HALF_WORD)
-
-
-@operation(types.float32, ADDRESS)
-def load_float(builder, address):
-    return load(builder, address, FLOAT)
-
-
-@operation(types.void, ADDRESS, types.float32)
-def store_float(builder, address, value):
-    builder.store(value, builder.inttoptr(address, FLOAT.as_pointer()), align=4)
-    return NOTHING
-
-
-@operation(types.void, ADDRESS, types.uint16)
-def store_half_word(builder, address, value):
-    builder.store(value, builder.inttoptr(address, HALF_WORD.as_pointer()), align=2)
-    return NOTHING
 
 
 @operation(types.int64, ADDRESS, types.int64)
@@ -191,15 +187,6 @@ def of(count: int) -> SimpleNamespace:
     floats, values = Vector(count, FLOAT), Vector(count, HALF_WORD)
     words = ir.VectorType(WORD, count)
 
-    @operation(values, ADDRESS)
-    def load_values(builder, address):
-        return load(builder, address, values.llvm)
-
-    @operation(types.void, ADDRESS, values)
-    def store_values(builder, address, vector):
-        builder.store(vector, builder.inttoptr(address, values.llvm.as_pointer()), align=2)
-        return NOTHING
-
     @operation(floats, values)
     def bfloat16(builder, vector):
         return builder.bitcast(builder.shl(builder.zext(vector, words), filled(words, 16)), floats.llvm)
@@ -208,6 +195,7 @@ def of(count: int) -> SimpleNamespace:
     def float16(builder, vector):
         return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), count)), floats.llvm)
 
+    load_values, store_values = loading(values, values.llvm), storing(values, values.llvm)
     return SimpleNamespace(load=load_values, store=store_values, bfloat16=bfloat16, float16=float16)
 
 
