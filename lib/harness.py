@@ -2,30 +2,33 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from . import ranks
 from .activations import Store
 from .errors import RunError
+from .evaluate import logits_in_parts
 from .model import LanguageModel
 from .progress import progress
 from .stream import last_hidden_states
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and tokens of the context and of what follows it
+Row = tuple[tuple[int, ...], list[int]]  # tokens that the model reads, and the numbers of the requests they answer
+Batch = tuple[list[Row], Tensor]  # rows, and their tokens (B, S), padded on the right
 Answer = tuple[float, bool]  # the log-likelihood in nats, and whether greedy decoding gives it
 AT_LEAST = 2**28  # bytes of hidden states that a pass over a streamed model carries, however little memory there is
 
 
 class HarnessModel(HFLM):
-    """lm_eval's own model class around a LanguageModel: its tokens, batches and scores, on our forward passes.
+    """lm_eval's own model class around a LanguageModel: its tokens and prompts, scored on our forward passes.
 
     batch(length) is how many requests of so many tokens are one batch; the longest come first. `bos` goes in front of
     every text, in place of what the tokenizer puts there. A streamed model is passed over once for all requests, or as
@@ -94,21 +97,17 @@ class HarnessModel(HFLM):
     def _loglikelihood_tokens(self, requests: list[Request], **_options) -> list[Answer]:
         """Every rank's answers to its share, on every rank."""
         self._check(requests)
-        groups: dict[tuple, list[int]] = {}  # those that one row of logits answers
+        rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and the requests that it answers
         for number, request in enumerate(requests):
-            groups.setdefault(tuple(_read(request)), []).append(number)
-        owners = ranks.deal([len(read) for read in groups])
-        shares: list[list[int]] = [[] for _ in range(ranks.size())]
-        for numbers, owner in zip(groups.values(), owners, strict=True):
-            shares[owner] += numbers
-        parts = ranks.gather(self._answers([requests[number] for number in sorted(shares[ranks.rank()])]))
-        answers: list = [None] * len(requests)
-        for share, part in zip(shares, parts, strict=True):
-            for number, answer in zip(sorted(share), part, strict=True):
-                answers[number] = answer
-        if not all(math.isfinite(value) for value, _ in answers):
+            rows.setdefault(tuple(_read(request)), []).append(number)
+        owners = ranks.deal([len(read) for read in rows])
+        mine = [row for row, owner in zip(rows.items(), owners, strict=True) if owner == ranks.rank()]
+        found: dict[int, Answer] = {}
+        for part in ranks.gather(dict(self._answers(mine, requests))):
+            found |= part
+        if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
-        return answers
+        return [found[number] for number in range(len(requests))]
 
     def _check(self, requests: list[Request]) -> None:
         for texts, context, continuation in requests:
@@ -125,63 +124,58 @@ class HarnessModel(HFLM):
                 )
         self.cut += sum(len(_read(request)) > self.max_length for request in requests)
 
-    def _answers(self, requests: list[Request]) -> list[Answer]:
-        """HFLM's scores, of logits that wait for it, batch by batch, when it asks."""
-        batches = self._batches(requests)
-        self._waiting = self._logits(batches)
-        answers = super()._loglikelihood_tokens(requests, disable_tqdm=True) if requests else []
-        for _ in self._waiting:
-            raise AssertionError("lm_eval left a batch unread")
-        return answers
-
-    def _batches(self, requests: list[Request]) -> list[Tensor]:
-        """What HFLM is about to run the model on: (B, S) each, padded on the right."""
-        order = Collator(
-            requests, sort_fn=lambda request: (-len(request[1] + request[2]), tuple(request[1] + request[2])),
-            group_by="contexts", group_fn=_read,
-        )  # fmt: skip
-        batches = []
-        for chunk in order.get_batched(n=0, batch_fn=self._batch_scheduler):
-            rows = [torch.tensor(_read(request)[-self.max_length :]) for request in chunk]
-            batches.append(pad_sequence(rows, batch_first=True))
-        return batches
-
-    def _batch_scheduler(self, position: int, requests: Sequence[Request]) -> int:
-        """How many of the requests, longest first, are the batch that `position` is in; asked at every one in turn."""
-        if position == 0:
-            self._begin = 0
-        size = self._batch(len(_read(requests[self._begin])))
-        if position == self._begin + size - 1:
-            self._begin += size
-        return size
-
-    def _logits(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch and its logits (B, S, vocabulary)."""
-        with progress(None, self._what, "window", total=sum(map(len, batches))) as bar:
-            for part in self._passes(batches):
-                for batch, hidden in last_hidden_states(self._language_model, part, store=self._store):
-                    yield batch, self._language_model.logits(hidden)
+    def _answers(self, rows: list[Row], requests: list[Request]) -> Iterator[tuple[int, Answer]]:
+        """The number and the answer of each request that the rows answer."""
+        with progress(None, self._what, "window", total=len(rows)) as bar:
+            for part in self._passes(self._batches(rows)):
+                padded = [tokens for _, tokens in part]
+                states = last_hidden_states(self._language_model, padded, store=self._store)
+                for (batch, _), (_, hidden) in zip(part, states, strict=True):
+                    yield from self._scores(batch, requests, hidden)
                     bar.update(len(batch))
 
-    def _passes(self, batches: list[Tensor]) -> Iterator[list[Tensor]]:
+    def _batches(self, rows: list[Row]) -> list[Batch]:
+        """Rows of about one length, the longest first."""
+        rest, batches = sorted(rows, key=lambda row: len(row[0]), reverse=True), []
+        while rest:
+            size = self._batch(len(rest[0][0]))
+            batch, rest = rest[:size], rest[size:]
+            tokens = [torch.tensor(read[-self.max_length :]) for read, _ in batch]
+            batches.append((batch, pad_sequence(tokens, batch_first=True)))
+        return batches
+
+    def _passes(self, batches: list[Batch]) -> Iterator[list[Batch]]:
         """The batches of each pass over a streamed model; of one in memory each is its own."""
         room = 0 if self._store is None else max(self._store.room, AT_LEAST)
         embedding = self._language_model.model.get_input_embeddings().weight
         token = embedding.shape[1] * embedding.element_size()
-        held: list[Tensor] = []
+        held: list[Batch] = []
         for batch in batches:
-            if held and (sum(map(Tensor.numel, held)) + batch.numel()) * token > room:
+            if held and sum(tokens.numel() for _, tokens in [*held, batch]) * token > room:
                 yield held
                 held = []
             held.append(batch)
         if held:
             yield held
 
-    def _model_call(self, inps: Tensor, **_options) -> Tensor:
-        batch, logits = next(self._waiting)
-        if not torch.equal(batch, inps.cpu()):
-            raise AssertionError("lm_eval batches requests in another way than it did")
-        return logits.to(inps.device)
+    def _scores(self, batch: list[Row], requests: list[Request], hidden: Tensor) -> Iterator[tuple[int, Answer]]:
+        """The same for a batch with last hidden states (B, S, d): logits are computed where a continuation is read."""
+        asked, states = [], []
+        for row, (read, numbers) in enumerate(batch):
+            end = min(len(read), self.max_length)
+            for number in numbers:
+                asked.append((number, torch.tensor(requests[number][2])))
+                states.append(hidden[row, end - len(asked[-1][1]) : end])
+        wanted, found = torch.cat([continuation for _, continuation in asked]), []
+        for logits in logits_in_parts(self._language_model, torch.cat(states)[None]):
+            here, wanted = wanted.tensor_split([logits.shape[1]])
+            log_probs = F.log_softmax(logits[0], dim=-1, dtype=self.softmax_dtype)
+            here = here.to(log_probs.device)
+            found.append((log_probs.gather(1, here[:, None])[:, 0], log_probs.argmax(-1) == here))
+        lengths = [len(continuation) for _, continuation in asked]
+        values, greedy = (torch.cat(kind).cpu().split(lengths) for kind in zip(*found, strict=True))
+        for (number, _), value, same in zip(asked, values, greedy, strict=True):
+            yield number, (float(value.sum()), bool(same.all()))
 
 
 def _read(request: Request) -> list[int]:
