@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .errors import one_kind_of_failure
 
-SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/LOG.md)
+SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/log.md)
 BINS = 100  # of the histogram of log10(eigenvalues), in alpha_peak's definition and in the pictures
 COARSE_POINTS = 48  # of a tail, to reject candidates by; a few more or fewer change nothing but the time
 EXACT_AT_ONCE = 32  # candidates whose distance is computed in full before looking again at the best so far
@@ -51,7 +51,7 @@ def as_published(weight: Tensor) -> Tensor:
 def cores_for_blas(shape: tuple[int, int]):
     """While a matrix is analysed whose linear algebra is scipy's: leave the cores to its threads.
 
-    torch's, which go on spinning after each operation, would take turns with them at twice the time (docs/LOG.md).
+    torch's, which go on spinning after each operation, would take turns with them at twice the time (docs/log.md).
     """
     threads = torch.get_num_threads()
     try:

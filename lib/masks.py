@@ -70,7 +70,7 @@ def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
             return torch.zeros_like(scores, dtype=torch.bool)
         if not scores.is_cuda:
             return _up_to(scores.kthvalue(counts, dim=1).values[:, None], scores, counts)
-        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/GPU.md).
+        # A sort knows no wait, and kthvalue gives a whole matrix, as one row, to one multiprocessor (docs/gpu.md).
         return _up_to(scores.sort(dim=1).values[:, counts - 1, None], scores, counts)
     ordered = scores.sort(dim=1).values
     limit = ordered.gather(1, (counts - 1).clamp(min=0)[:, None])  # (rows, 1)

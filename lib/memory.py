@@ -16,7 +16,7 @@ def keep_freed_memory(tensors_up_to: int = 32 << 20) -> None:
     """Let the C library keep up to 1 GB of freed memory for the next tensor, and not ask the kernel for fresh pages.
 
     The loop over blocks frees and allocates the same activations thousands of times; fresh pages for each cost a
-    fifth of its time (docs/LOG.md). Tensors above `tensors_up_to` bytes (at most 32 MiB) still go back at once: where
+    fifth of its time (docs/log.md). Tensors above `tensors_up_to` bytes (at most 32 MiB) still go back at once: where
     weights come and go, keeping those would add up to a gigabyte. All threads share one heap, as each of those that
     read weights would keep what it once held in its own.
     """
@@ -53,7 +53,7 @@ def return_freed_memory() -> None:
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory; of a GPU's tensor in pinned memory, 35 times as fast as in other (docs/GPU.md)."""
+    """A copy in the host's memory; of a GPU's tensor in pinned memory, 35 times as fast as in other (docs/gpu.md)."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 
 

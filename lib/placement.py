@@ -25,7 +25,7 @@ def place(model: LanguageModel, tokens: int = 0, copies: int = 0) -> dict:
 
 
 def room(model: LanguageModel, tokens: int, copies: int) -> int:
-    """Bytes that a run needs beside the weights at most, by the formulas of docs/SCALING.md.
+    """Bytes that a run needs beside the weights at most, by the formulas of docs/scaling.md.
 
     tokens of calibration, whose hidden states are held twice (the second for the dense model), and `copies` of the
     prunable weights. Statistics are taken to be Gram matrices, of each matrix its own.

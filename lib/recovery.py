@@ -14,7 +14,7 @@ from .activations import Activations
 from .model import Matrix
 from .training import Recipe, train
 
-# The best of six recipes on windows held out of the calibration text, for four blocks of one model (docs/LOG.md). The
+# The best of six recipes on windows held out of the calibration text, for four blocks of one model (docs/log.md). The
 # paper's, 20 epochs at 2e-5 in steps of 8 windows, is not among them.
 RECIPE = Recipe(epochs=1, windows=2, rate=3e-4, floor=0.2)
 

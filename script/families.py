@@ -1,7 +1,7 @@
-"""The table of tested families, docs/FAMILIES.md: a tiny random model of every family that transformers'
+"""The table of tested families, docs/families.md: a tiny random model of every family that transformers'
 AutoModelForCausalLM knows, pruned.
 
-    python script/families.py > docs/FAMILIES.md               # all: two minutes on one core
+    python script/families.py > docs/families.md               # all: two minutes on one core
     python script/families.py --families llama mamba jetmoe    # some
 
 Each is pruned to 50 % by Wanda, and where that is refused by magnitude; then its logits are computed once by the model
@@ -181,7 +181,7 @@ def main() -> None:
     results = [row["result"] for row in rows.values()]
     counts = ", ".join(f"{results.count(result)} {result}" for result in sorted(set(results), key=results.index))
     print("# Families tried\n")
-    print(f"`python script/families.py > docs/FAMILIES.md`, with transformers {transformers.__version__}: {counts}.\n")
+    print(f"`python script/families.py > docs/families.md`, with transformers {transformers.__version__}: {counts}.\n")
     print(
         "A tiny random model of each family that `AutoModelForCausalLM` knows, pruned to 50 %. `pruned`: by Wanda, on"
     )

@@ -2,7 +2,7 @@
 
     python script/finetune.py --model PRUNED --data c4 --save_model OUT
 
-Its flags are in docs/FINETUNING.md.
+Its flags are in docs/finetuning.md.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What a GPU holds, by the bytes that pretended ones claim, against the formulas of docs/SCALING.md."""
+"""What a GPU holds, by the bytes that pretended ones claim, against the formulas of docs/scaling.md."""
 
 import sys
 from pathlib import Path

@@ -209,7 +209,7 @@ STEPS = {
     "streaming": functools.partial(streamed, pruner="wanda"),
     "streaming, asymmetry and recovery": functools.partial(streamed, pruner="sparsegpt", asymmetry=0.5, recovery=True),
 }
-# Share of a mask, and of numbers, by which a GPU may differ: ALPS's iterations amplify rounding (docs/GPU.md).
+# Share of a mask, and of numbers, by which a GPU may differ: ALPS's iterations amplify rounding (docs/gpu.md).
 ROUNDING = {"alps": (0.15, 0.05), "alps 2:4": (0.15, 0.05)}
 
 

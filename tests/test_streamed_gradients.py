@@ -143,7 +143,7 @@ def run_config(folder, **options) -> RunConfig:
 
 
 def test_gradients_on_the_way_back_are_held_for_one_block(tmp_path, monkeypatch):
-    """Beside what every block gives, by the formula of docs/SCALING.md: L + 1 hidden states, and 2 on the way back."""
+    """Beside what every block gives, by the formula of docs/scaling.md: L + 1 hidden states, and 2 on the way back."""
     tiny_model("llama", num_hidden_layers=8).save_pretrained(tmp_path / "model")
     model = open_model(find_source(str(tmp_path / "model")), "cpu")
     model.load_rest()

@@ -97,7 +97,7 @@ def test_readme_names_every_flag_and_method():
 
 
 def test_the_page_on_fine_tuning_names_every_flag():
-    page = (ROOT / "docs/FINETUNING.md").read_text()
+    page = (ROOT / "docs/finetuning.md").read_text()
     table = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `--")]
     assert table == [flag_of(item) for item in dataclasses.fields(FinetuneConfig)]
 

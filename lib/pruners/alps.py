@@ -23,7 +23,7 @@ def normalise(stats: InputStats) -> tuple[Tensor, ...]:
     eigenvectors (in, in) as well.
 
     One eigendecomposition serves (G + rho I)^-1 for every rho and every matrix that reads this input. A GPU takes as
-    long for it as for ten inverses by Cholesky, which are more than a matrix has penalties (docs/GPU.md).
+    long for it as for ten inverses by Cholesky, which are more than a matrix has penalties (docs/gpu.md).
     """
 
     def factorise(ridge: float) -> tuple[Tensor, ...]:

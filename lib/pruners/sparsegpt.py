@@ -113,7 +113,7 @@ def remove(
     part (width, out) in place; factor (width, width) the group's part of U; mask (width, out) what to remove, or None:
     `zeros` of every `step` columns, chosen as these begin, with what is `gone` already. Returns (width, out)
     (w_j - q_j) / U_jj, q the pruned column. On a GPU all of it is one captured graph: launched one by one, its three
-    kernels a column would take eight times as long (docs/GPU.md).
+    kernels a column would take eight times as long (docs/gpu.md).
     """
     if not part.is_cuda:
         mask = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask
