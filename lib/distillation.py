@@ -5,7 +5,10 @@ model's largest probabilities are told apart and the rest is one.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from . import ranks
 from .evaluate import logits_in_parts
 from .gradients import frugal
 from .model import LanguageModel
+from .precision import mixed_precision, passing
 from .progress import progress
 from .stream import last_hidden_states
 from .training import Recipe, train
@@ -23,6 +27,7 @@ log = logging.getLogger(__name__)
 
 KEPT = 32  # probabilities of a token that are told apart
 LEAST = -100.0  # of a log-probability: of one that is 0 there is no product with 0
+AT_ONCE = 2**21  # logits whose divergence is computed together: in float32 they stay in a CPU's caches
 
 RECIPE = Recipe(epochs=1, windows=2, rate=2e-4, floor=0.1, warm_up=8)  # the better of two rates on windows held out
 
@@ -43,9 +48,16 @@ class Targets:
 
 @torch.no_grad()
 def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1) -> Targets:
-    """The targets of windows (n, S), of which each rank takes its share; of a model that is not pruned yet."""
+    """The targets of windows (n, S), of which each rank takes its share; of a model that is not pruned yet.
+
+    A model in float32 is passed in bfloat16 where the processor multiplies in it, as it is in training: that moves its
+    distribution by less than a thousandth of a nat (docs/log.md).
+    """
     mine, found = ranks.mine(windows), []
-    with progress(None, "dense model", "window", total=len(mine)) as bar:
+    exact = model.model.dtype != torch.float32
+    mixed = nullcontext if exact else partial(mixed_precision, torch.float32, model.device.type)
+    passes, _ = passing(mixed, lambda: model.own_logits(windows[:1]))
+    with passes(), progress(None, "dense model", "window", total=len(mine)) as bar:
         for tokens, hidden in last_hidden_states(model, mine, batch_size):
             parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
             found.append([torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)])
@@ -62,9 +74,53 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """Of logits (..., vocabulary) the log-probabilities of the tokens `ids` (..., K) and of all others together;
     (..., K + 1), float32.
     """
-    logits = logits.float()
+    told_apart, total = _grouped(logits.float(), ids)
+    return (told_apart - total).clamp(min=LEAST)
+
+
+def _grouped(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of `ids` and, last, of all others as one (..., K + 1); and of all tokens as one (..., 1)."""
     rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, ids), rest], dim=-1).log_softmax(-1).clamp(min=LEAST)
+    told_apart = torch.cat([logits.gather(-1, ids), rest], dim=-1)
+    return told_apart, told_apart.logsumexp(-1, keepdim=True)
+
+
+class Divergence(torch.autograd.Function):
+    """The divergence, in nats, summed over N tokens, from targets (N, K + 1) of logits (N, vocabulary), of which the
+    tokens `ids` (N, K) are told apart.
+
+    The same as F.kl_div of log_probabilities, and its gradient, with what is as large as the logits computed a few
+    tokens at a time: p_i - q_i for a token that is told apart, p_j (1 - q / p) for the others, with p and q the
+    probabilities of these others together.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+        found, totals = zip(*(_grouped(part.float(), ids[at]) for at, part in _few(logits)), strict=True)
+        told_apart, total = torch.cat(found), torch.cat(totals)
+        ctx.save_for_backward(logits, ids, wanted, total, told_apart)
+        return F.kl_div((told_apart - total).clamp(min=LEAST), wanted, reduction="sum", log_target=True)
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor, None, None]:
+        logits, ids, wanted, total, told_apart = ctx.saved_tensors
+        rest = told_apart[:, -1:]
+        # Where p underflows its tokens have none of the gradient: no product of 0 with infinity.
+        others = 1 - (wanted[:, -1:] + (total - rest).clamp(max=80)).exp()
+        own = (told_apart - total)[:, :-1].exp() - wanted[:, :-1].exp()
+        gradient = torch.empty_like(logits)
+        for at, part in _few(logits):
+            of_part = (part.float() - total[at]).exp_().mul_(others[at])
+            gradient[at] = of_part.scatter_(-1, ids[at], own[at]).mul_(scale)
+        return gradient, None, None
+
+
+def _few(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the rows, and where they are."""
+    rows = max(1, AT_ONCE // logits.shape[-1])
+    for begin in range(0, len(logits), rows):
+        at = slice(begin, begin + rows)
+        yield at, logits[at]
 
 
 def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> list[float]:
@@ -79,10 +135,10 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
     tokens = sum(ranks.gather(targets.windows.numel()))
 
     def loss(batch: int) -> Tensor:
-        logits = model.own_logits(windows[batch])
-        found = log_probabilities(logits, ids[batch].to(logits.device, torch.int64))
+        logits = model.own_logits(windows[batch]).flatten(0, 1)
+        told_apart = ids[batch].to(logits.device, torch.int64).flatten(0, 1)
         bar.update(len(windows[batch]))
-        return F.kl_div(found, wanted[batch].to(found.device), reduction="sum", log_target=True)
+        return Divergence.apply(logits, told_apart, wanted[batch].to(logits.device).flatten(0, 1))
 
     passes = RECIPE.epochs * len(targets.windows) + len(windows[0])  # the first on trial
     with frugal(model), progress(None, "recovery", "window", total=passes) as bar:
