@@ -7,17 +7,17 @@ import logging
 import sys
 
 from lib import cli, results, tokens, zero_shot
-from lib.analysis import analyze, describe, note, score, weigh_bos
+from lib.analysis import analyze, describe, measure_bos_effect, note, score
 from lib.config import RunConfig
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.gradients import check_differentiable
 from lib.inputs import read_inputs
-from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import carry_out, plan
+from lib.load import context_length, find_source, load_config, load_model, load_tokenizer, open_model
+from lib.plan import apply_plan, plan
 from lib.stopwatch import Stopwatch
-from lib.storage import settle
-from lib.windows import windows_of_model
+from lib.storage import round_to_save_dtypes
+from lib.windows import sampled_windows
 
 log = logging.getLogger("lib.main")
 
@@ -28,7 +28,7 @@ def run(config: RunConfig) -> dict:
     Raises lib.errors.RunError for whatever the user can put right.
     """
     clock, events = Stopwatch(), []
-    if unread := config.without_effect():
+    if unread := config.unused_flags():
         note(events, f"without effect on this run: {', '.join(unread)}")
     results.prepare(config)
     record = (analyze if config.analyze_only else prune)(config, clock, events)
@@ -40,13 +40,13 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     """Allocate, prune, evaluate, save."""
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
-        seqlen = config.window(window_limit(load_config(source)))
+        seqlen = config.window(context_length(load_config(source)))
         tokenizer = load_tokenizer(source)
         windows, evaluation, tasks = read_inputs(config, tokenizer, seqlen, events)
         if config.stream:
-            source = results.as_safetensors(source)
+            source = results.convert_to_safetensors(source)
             model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
-            model.load_rest()
+            model.load_non_blocks()
         else:
             model = load_model(
                 source, config.device, config.dtype, tokenizer, config.save_dtype,
@@ -59,12 +59,12 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
 
     if config.writes_own_text:
         with clock("sample"):
-            windows = windows_of_model(config, model, seqlen)
+            windows = sampled_windows(config, model, seqlen)
     watched = windows.calibration if evaluation is None else evaluation
     if watched is not None:
-        log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
+        log.info("%s", tokens.describe_prefix(tokenizer, config.add_bos == "every"))
     journal = results.Journal(config, model) if config.stream else None
-    remember = journal.recall if journal else lambda _, make: make()
+    cached = journal.cached if journal else lambda _, make: make()
 
     def evaluate(what: str) -> float:
         with clock("evaluate"):
@@ -81,36 +81,36 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     store = results.activation_store(config)
     if watched is not None and config.add_bos == "once":
         with clock("evaluate"):
-            described["bos"] = weigh_bos(model, watched, events, store, remember)
+            described["bos"] = measure_bos_effect(model, watched, events, store, cached)
     dense = dense_accuracies = measured = accuracy = None
     if config.eval_dense and evaluation is not None:
-        dense = remember("dense", lambda: evaluate("dense"))
+        dense = cached("dense", lambda: evaluate("dense"))
         log.info("perplexity before pruning: %.4f", dense)
     if config.eval_dense and tasks:
-        dense_accuracies = remember("zero_shot", lambda: accuracies("dense"))
+        dense_accuracies = cached("zero_shot", lambda: accuracies("dense"))
 
-    scores, portraits = {}, {}
+    scores, esds = {}, {}
     if config.scored or config.plot:
-        scores, portraits = score(config, model, clock, events)
+        scores, esds = score(config, model, clock, events)
 
     rows = None
     if config.weighs_rows:
         with clock("fisher"):
-            rows = row_weights(row_fisher(model, windows.calibration, store, remember), config.fisher)
+            rows = row_weights(row_fisher(model, windows.calibration, store, cached), config.fisher)
 
     with clock("allocate"):
         how = {"row_weights": rows, "batch_size": batch, "store": store}
-        planned = remember("plan", lambda: plan(config, model, scores, *windows.of_plan, remember=remember, **how))
+        planned = cached("plan", lambda: plan(config, model, scores, *windows.for_planning, cached=cached, **how))
     targets = planned["targets"]
     events += planned["events"]
 
     resumable = {}
     if journal:
-        journal.reread(journal.done)
+        journal.use_committed(journal.done)
         events += journal.events
         resumable = {"done": journal.done, "commit": journal.commit}
-    carry_out(config, model, planned, windows, clock=clock, events=events, **how, **resumable)
-    for message in settle(model.rest(), model.saved_as):
+    apply_plan(config, model, planned, windows, clock=clock, events=events, **how, **resumable)
+    for message in round_to_save_dtypes(model.non_block_state(), model.save_dtypes):
         note(events, message)
     if journal:
         journal.finish()
@@ -134,7 +134,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     results.write_run(config, final)
     results.append_result(config, final)
     if config.plot:
-        results.write_report(folder, final, scores, portraits)
+        results.write_report(folder, final, scores, esds)
     if config.save_model:
         results.describe_checkpoint(config, final)
     if journal:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import ranks
 from .evaluate import logits_in_parts
-from .gradients import frugal
+from .gradients import gradient_checkpointing
 from .model import LanguageModel
 from .progress import progress
 from .stream import last_hidden_states
@@ -21,8 +21,8 @@ from .training import Recipe, train
 
 log = logging.getLogger(__name__)
 
-KEPT = 32  # probabilities of a token that are told apart
-LEAST = -100.0  # of a log-probability: of one that is 0 there is no product with 0
+TOP_K = 32  # probabilities of a token that are told apart
+MIN_LOG_PROB = -100.0  # of a log-probability: of one that is 0 there is no product with 0
 
 RECIPE = Recipe(epochs=1, windows=2, rate=2e-4, floor=0.1, warm_up=8)  # the better of two rates on windows held out
 
@@ -32,8 +32,8 @@ class Targets:
     """What the dense model says of this rank's windows, on the host.
 
     windows    (n, S) token ids
-    ids        (n, S, KEPT) int32, the tokens that it takes to be the likeliest to follow each
-    log_probs  (n, S, KEPT + 1) float32, their log-probabilities in nats, and last that of all others together
+    ids        (n, S, TOP_K) int32, the tokens that it takes to be the likeliest to follow each
+    log_probs  (n, S, TOP_K + 1) float32, their log-probabilities in nats, and last that of all others together
     """
 
     windows: Tensor
@@ -44,17 +44,17 @@ class Targets:
 @torch.no_grad()
 def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1) -> Targets:
     """The targets of windows (n, S), of which each rank takes its share; of a model that is not pruned yet."""
-    mine, found = ranks.mine(windows), []
-    with progress(None, "dense model", "window", total=len(mine)) as bar:
-        for tokens, hidden in last_hidden_states(model, mine, batch_size):
+    shard, found = ranks.shard(windows), []
+    with progress(None, "dense model", "window", total=len(shard)) as bar:
+        for tokens, hidden in last_hidden_states(model, shard, batch_size):
             parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
             found.append([torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
-    return Targets(mine, *(torch.cat(kind) for kind in zip(*found, strict=True)))
+    return Targets(shard, *(torch.cat(kind) for kind in zip(*found, strict=True)))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = logits.topk(min(KEPT, logits.shape[-1] - 1)).indices
+    ids = logits.topk(min(TOP_K, logits.shape[-1] - 1)).indices
     return ids.int().cpu(), log_probabilities(logits, ids).cpu()
 
 
@@ -64,7 +64,7 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     """
     logits = logits.float()
     rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, ids), rest], dim=-1).log_softmax(-1).clamp(min=LEAST)
+    return torch.cat([logits.gather(-1, ids), rest], dim=-1).log_softmax(-1).clamp(min=MIN_LOG_PROB)
 
 
 def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> list[float]:
@@ -76,16 +76,16 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
     """
     batch_size = RECIPE.batch(batch_size)
     windows, ids, wanted = (kind.split(batch_size) for kind in (targets.windows, targets.ids, targets.log_probs))
-    tokens = sum(ranks.gather(targets.windows.numel()))
+    tokens = sum(ranks.all_gather(targets.windows.numel()))
 
     def loss(batch: int) -> Tensor:
-        logits = model.own_logits(windows[batch])
+        logits = model.forward_logits(windows[batch])
         found = log_probabilities(logits, ids[batch].to(logits.device, torch.int64))
         bar.update(len(windows[batch]))
         return F.kl_div(found, wanted[batch].to(found.device), reduction="sum", log_target=True)
 
     passes = RECIPE.epochs * len(targets.windows) + len(windows[0])  # the first on trial
-    with frugal(model), progress(None, "recovery", "window", total=passes) as bar:
+    with gradient_checkpointing(model), progress(None, "recovery", "window", total=passes) as bar:
         trained = {matrix.stored for matrix in model.matrices}
         others = [parameter for parameter in model.model.parameters() if parameter not in trained]
         totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, others)

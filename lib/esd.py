@@ -35,7 +35,7 @@ class Fit:
     ks: float
 
 
-def as_published(weight: Tensor) -> Tensor:
+def published_precision(weight: Tensor) -> Tensor:
     """The weights as the published estimator reads them: in float16.
 
     The histogram behind alpha_peak is sensitive to the last bits (two bins of nearly equal count), so this is
@@ -96,7 +96,7 @@ class Spectrum:
         self.weight = weight
 
     @classmethod
-    def of(cls, values: Tensor) -> "Spectrum":
+    def from_eigenvalues(cls, values: Tensor) -> "Spectrum":
         """A spectrum of given eigenvalues (N,), in any order: pooled ones, or drawn from a known law."""
         spectrum = cls(torch.empty(0, 0))
         spectrum.__dict__["values"] = values.double().sort().values

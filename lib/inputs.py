@@ -8,9 +8,9 @@ from torch import Tensor
 from . import ranks, zero_shot
 from .analysis import note
 from .config import RunConfig
-from .data import evaluation_windows, every_begins_with
+from .data import evaluation_windows, required_bos
 from .flags import Flags
-from .windows import Windows, windows_of_text
+from .windows import Windows, corpus_windows
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
     """
     evaluation = None
     tasks = read_tasks(config, tokenizer, events, config.stream)
-    windows = windows_of_text(config, tokenizer, seqlen)
+    windows = corpus_windows(config, tokenizer, seqlen)
     if config.eval_wikitext:
         evaluation = evaluation_windows(
             config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
             cache_dir=config.cache_dir,
         )  # fmt: skip
-        ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        ranks.check_enough(f"--eval_windows {len(evaluation)}", evaluation)
     return Inputs(windows, evaluation, tasks)
 
 
@@ -49,7 +49,7 @@ def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = Fa
     """The zero-shot tasks of a run of any command, if it is asked for them."""
     if not config.eval_zero_shot:
         return None
-    bos = every_begins_with(tokenizer) if config.add_bos == "every" else None
+    bos = required_bos(tokenizer) if config.add_bos == "every" else None
     tasks = zero_shot.load(
         config.tasks, limit=config.task_limit, bos=bos, cache_dir=config.cache_dir, streamed=streamed
     )  # fmt: skip

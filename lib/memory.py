@@ -52,7 +52,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def on_host(tensor: Tensor) -> Tensor:
+def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory; of a GPU's tensor in pinned memory, 35 times as fast as in other (docs/GPU.md)."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 

@@ -19,11 +19,11 @@ from .activations import Store
 from .blocks import Changes, Seen, accepted, find_blocks, find_body, is_causal, replaced_forward
 from .digest import digest
 from .errors import RunError
-from .experts import Mixtures, is_dense_by_nature, is_linear, wide
+from .experts import Mixtures, is_linear, matrix_parameters, never_prunable
 from .masks import Pattern
-from .memory import is_finite, on_host
+from .memory import copy_to_host, is_finite
 
-FEW = 7  # tokens, to try a model on; no other axis is that long
+PROBE_LENGTH = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
 
 
@@ -89,7 +89,7 @@ class LanguageModel:
     body        what turns token ids into the last hidden state
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
-    saved_as    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
+    save_dtypes    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
     notes       what was found at loading and is worth an event
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
@@ -102,7 +102,7 @@ class LanguageModel:
         found = find_blocks(model, self.name)
         self.block_names, self.blocks = list(found), list(found.values())
         self.body = find_body(model, self.block_names, self.name)
-        self.saved_as: dict[str, torch.dtype] = {}
+        self.save_dtypes: dict[str, torch.dtype] = {}
         self.notes: list[str] = []
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
@@ -152,7 +152,7 @@ class LanguageModel:
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
 
-    def hold(self, names: Iterable[str]) -> None:
+    def keep_resident(self, names: Iterable[str]) -> None:
         """Keep the values of these, which are resident, for good; likewise."""
 
     @contextmanager
@@ -162,7 +162,7 @@ class LanguageModel:
         Yields what is to be called with the index of each block that was changed, while it is resident; None where
         there is no need. A copy of the weights is held meanwhile: on the host, or in `store` those of a streamed model.
         """
-        weights = {matrix: on_host(matrix.weight) for matrix in self.matrices}
+        weights = {matrix: copy_to_host(matrix.weight) for matrix in self.matrices}
         try:
             yield None
         finally:
@@ -178,7 +178,7 @@ class LanguageModel:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         return {name: value for name, value in self.model.state_dict().items() if name not in tied}
 
-    def rest(self) -> dict[str, Tensor]:
+    def non_block_state(self) -> dict[str, Tensor]:
         """Of these the ones outside the blocks."""
         blocks = tuple(f"{name}." for name in self.block_names)
         return {name: value for name, value in self.state().items() if not name.startswith(blocks)}
@@ -250,8 +250,10 @@ class LanguageModel:
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta and not is_finite(parameter):
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
-        given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
-        few = given[:1, :FEW]
+        given = next(
+            (tokens for tokens in windows if tokens is not None), torch.arange(PROBE_LENGTH).remainder(known)[None]
+        )
+        few = given[:1, :PROBE_LENGTH]
         with self.resident_in_forward(0), self.unchanged():
             causal = few.numel() == 1 or is_causal(self.hidden_states, self.blocks[0], few.to(self.device))
         if not causal:
@@ -317,7 +319,7 @@ class LanguageModel:
 
         try:
             with replaced_forward(self.body, body):
-                logits = self.own_logits(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
+                logits = self.forward_logits(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise RunError(
                 f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
@@ -332,7 +334,7 @@ class LanguageModel:
             )
         return logits
 
-    def own_logits(self, tokens: Tensor) -> Tensor:
+    def forward_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, S, vocabulary) of token ids (B, S) by the model's own forward pass."""
         output = self._run(tokens)
         return output if isinstance(output, Tensor) else output[0] if type(output) is tuple else output.logits
@@ -353,8 +355,8 @@ def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matr
     matrices, uncovered, mixtures = [], [], Mixtures(block)
     for name, module in block.named_modules(prefix=prefix):
         stacks = {stack.parameter: stack for stack in mixtures.stacks.get(module, ())}
-        nature = is_dense_by_nature(module) or "norm" in name.rpartition(".")[2]
-        for parameter, value in [] if nature else wide(module):
+        nature = never_prunable(module) or "norm" in name.rpartition(".")[2]
+        for parameter, value in [] if nature else matrix_parameters(module):
             full_name = f"{name}.{parameter}"
             if value in mixtures.routers:
                 continue

@@ -32,12 +32,12 @@ def recover(
     Returns the squared error relative to what is wanted, the mean over the first epoch and over the last
     (lib/training.py says the rest). Nothing of the optimiser outlives the block.
     """
-    squares = list(chain(*ranks.gather([float(batch.float().square().mean()) for batch in wanted])))
+    squares = list(chain(*ranks.all_gather([float(batch.float().square().mean()) for batch in wanted])))
     scale = fmean(squares) or 1.0  # of all ranks, for their gradients are added
 
     def loss(batch: int) -> Tensor:
         return (forward(batch).float() - wanted[batch].float()).square().sum() / scale
 
-    elements = sum(ranks.gather(windows)) * wanted[0][0].numel()
+    elements = sum(ranks.all_gather(windows)) * wanted[0][0].numel()
     found = [total / elements for total in train(matrices, windows, len(wanted[0]), loss, RECIPE, others)]
     return found[0], found[-1]

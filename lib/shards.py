@@ -207,8 +207,8 @@ def _get(model: nn.Module, name: str) -> torch.Tensor:
 class ShardedModel(LanguageModel):
     """A LanguageModel whose blocks have values only while they are resident.
 
-    What is not in a block (embeddings, norms, head) has none before `load_rest`. Blocks that were pruned and written
-    elsewhere are read from there once `replace` says so.
+    What is not in a block (embeddings, norms, head) has none before `load_non_blocks`. Blocks that were pruned and
+    written elsewhere are read from there once `replace` says so.
     """
 
     streamed = True
@@ -223,7 +223,7 @@ class ShardedModel(LanguageModel):
         self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
         self._held: set[str] = set()  # what keeps its values for good
-        self._on_trial: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
+        self._trial_values: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
         inside = [tuple(name for name in state if name.startswith(f"{block}.")) for block in self.block_names]
@@ -235,17 +235,17 @@ class ShardedModel(LanguageModel):
         self._aliases = {name: found for found in names.values() if len(found) > 1 for name in found}
         blocks = {name: index for index, held in self._inside.items() for name in held}
         self._last_block = {name: max(blocks.get(n, -1) for n in self._names(name)) for name in blocks}
-        self._rest = sorted({*state}.difference(*inside), key=state.index)
+        self._non_block_names = sorted({*state}.difference(*inside), key=state.index)
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def load_rest(self) -> None:
+    def load_non_blocks(self) -> None:
         """Read everything outside the blocks, to stay. Raises RunError where the files lack anything of the model, and
         where a block shares any of what is outside.
         """
-        outside = {alias: name for name in self._rest for alias in self._names(name)}
+        outside = {alias: name for name in self._non_block_names for alias in self._names(name)}
         if shared := next((name for name in self._last_block if name in outside), None):
             raise RunError(
                 f"--stream: {shared} is also {outside[shared]}, outside the blocks, and cannot come and go with its "
@@ -254,7 +254,8 @@ class ShardedModel(LanguageModel):
         self._shards.check(whole=True)
         tied, held = self.model.all_tied_weights_keys or {}, self._shards.holds
         follow = {target if held(source) else source for target, source in tied.items()}  # get their value by the tie
-        for name in self._rest:  # one by one, since what is read of a file counts as memory until it is closed
+        # One by one: what is read of a file counts as memory until the file is closed.
+        for name in self._non_block_names:
             if name not in follow:
                 self._shards.read([name], self._device)
         self.model.tie_weights(missing_keys=set(follow), recompute_mapping=False)
@@ -295,8 +296,8 @@ class ShardedModel(LanguageModel):
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
             for name, (_, alias) in places.items():
                 _set(self.model, name, _get(self.model, alias))
-                if upto is None and alias in self._on_trial:
-                    _get(self.model, alias).copy_(self._on_trial[alias])
+                if upto is None and alias in self._trial_values:
+                    _get(self.model, alias).copy_(self._trial_values[alias])
             yield
         finally:
             self._shards.drop({*places, *(alias for _, alias in places.values())} - self._held)
@@ -322,14 +323,14 @@ class ShardedModel(LanguageModel):
             last = {self._names(name)[0] for name in self._inside[index] if self._last_block[name] == index}
             for name in last:
                 value = _get(self.model, name)
-                self._on_trial |= dict.fromkeys(self._names(name), store.copy(value) if store else value.clone())
+                self._trial_values |= dict.fromkeys(self._names(name), store.copy(value) if store else value.clone())
 
         try:
             yield changed
         finally:
-            self._on_trial = {}
+            self._trial_values = {}
 
-    def hold(self, names: Iterable[str]) -> None:
+    def keep_resident(self, names: Iterable[str]) -> None:
         for name in names:
             value = _get(self.model, name)
             own = value.detach().clone()  # and no view of a file, all of which would count as memory

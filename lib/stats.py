@@ -44,7 +44,7 @@ class InputStats:
         stats.add(torch.empty(0, columns, device=device))
         return stats
 
-    def add_up(self, over_ranks: Callable[[Tensor], None]) -> None:
+    def all_reduce(self, over_ranks: Callable[[Tensor], None]) -> None:
         """Replace every sum by `over_ranks` of it (in place)."""
         tokens = torch.tensor([self.tokens, self.paired], dtype=torch.float64)
         over_ranks(tokens)
@@ -74,7 +74,7 @@ class InputStats:
                 self.sum_squares = x.new_zeros(x.shape[1])
             self.sum_squares += x.square().sum(0)
 
-    def plus(self, other: "InputStats") -> "InputStats":
+    def merged(self, other: "InputStats") -> "InputStats":
         """Over the tokens of both, each finished; neither may hold a residual."""
         both = InputStats(self.needs, self._wants_cross)
         both.tokens, both.paired = self.tokens + other.tokens, self.paired + other.paired
@@ -95,7 +95,7 @@ class InputStats:
     def finish(self) -> None:
         """Call once all tokens are in: completes the symmetric matrix."""
         if self.gram is not None:
-            mirror(self.gram)
+            symmetrize(self.gram)
 
     def summary(self) -> dict:
         """What a run records of them."""
@@ -125,7 +125,7 @@ def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
         gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
 
 
-def mirror(gram: Tensor, blocks: int = 8) -> None:
+def symmetrize(gram: Tensor, blocks: int = 8) -> None:
     """Copy what lies above the diagonal of (in, in) below it, part by part: a whole copy of it may be gigabytes."""
     width = -(-len(gram) // blocks)
     for begin in range(0, len(gram), width):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ranks
 from .errors import RunError
 from .model import Matrix
-from .precision import mixed_precision, passing
+from .precision import choose_autocast, mixed_precision
 
 SEED = 0  # of the order of the steps
 
@@ -33,15 +33,15 @@ class Recipe:
     @property
     def step(self) -> int:
         """Windows a step: more processes than these have a window each."""
-        return max(self.windows, ranks.size())
+        return max(self.windows, ranks.world_size())
 
     def batch(self, most: int, counted: int = 0) -> int:
         """Windows a pass, `most` at most, such that no pass of a rank is part of two steps, or of what lies on both
         sides of the first `counted` windows.
         """
         whole = 1
-        if self.step % ranks.size() == 0 and counted % ranks.size() == 0:
-            whole = math.gcd(self.step // ranks.size(), counted // ranks.size())
+        if self.step % ranks.world_size() == 0 and counted % ranks.world_size() == 0:
+            whole = math.gcd(self.step // ranks.world_size(), counted // ranks.world_size())
         return max(size for size in range(1, max(1, most) + 1) if whole % size == 0)
 
     def factor(self, step: int, steps: int) -> float:
@@ -74,7 +74,7 @@ def train(
     weights = list(dict.fromkeys(matrix.stored for matrix in matrices))
     generator = torch.Generator().manual_seed(SEED)
     with _trainable(weights, others, loss) as passes:
-        kept = [weight != 0 for weight in weights]
+        masks = [weight != 0 for weight in weights]
         groups = [{"params": list(group)} for _, group in groupby(weights, key=lambda weight: weight.device)]
         adam = torch.optim.Adam(groups, lr=recipe.rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
@@ -86,15 +86,15 @@ def train(
                         found = loss(batch)
                     found.backward()
                     losses.append(found.detach())
-                for weight, mask in zip(weights, kept, strict=True):
+                for weight, mask in zip(weights, masks, strict=True):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
-                    ranks.add_up(weight.grad)
+                    ranks.all_reduce(weight.grad)
                 for group in adam.param_groups:
                     group["lr"] = recipe.rate * recipe.factor(epoch * len(of_step) + place, steps)
                 adam.step()
                 adam.zero_grad()
     of_epochs = torch.stack(losses).double().view(recipe.epochs, -1).sum(1).cpu()
-    ranks.add_up(of_epochs)
+    ranks.all_reduce(of_epochs)
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
@@ -103,10 +103,10 @@ def train(
 
 def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:
     """Of each step this rank's batches: none for some, where the last windows are other ranks'."""
-    last = -(-sum(ranks.gather(windows)) // step)
+    last = -(-sum(ranks.all_gather(windows)) // step)
     batches: list[list[int]] = [[] for _ in range(last)]
     for batch in range(-(-windows // batch_size)):
-        batches[(batch * batch_size * ranks.size() + ranks.rank()) // step].append(batch)
+        batches[(batch * batch_size * ranks.world_size() + ranks.rank()) // step].append(batch)
     return batches
 
 
@@ -126,7 +126,7 @@ def _trainable(
         for weight in weights:
             weight.requires_grad_(True)
         with torch.no_grad():
-            passes, _ = passing(functools.partial(mixed_precision, dtype, device), lambda: loss(0))
+            passes, _ = choose_autocast(functools.partial(mixed_precision, dtype, device), lambda: loss(0))
         yield passes
     finally:
         for weight in weights:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lib import PRUNERS, Pattern, digest, find_source, load_model, masks
 from lib.config import TOKENS_AT_ONCE
-from lib.memory import keep_freed_memory, on_host
+from lib.memory import copy_to_host, keep_freed_memory
 from lib.pruners import sparsegpt
 from lib.stats import InputStats
 from lib.stream import Stream
@@ -114,7 +114,7 @@ def cases(width: int, device: str) -> dict:
             True,
         ),
         "digest of 8 matrices": (lambda: hashed(digest.THREADS), lambda: hashed(1), False),
-        "hidden states to the host": (lambda: on_host(weight), lambda: weight.cpu(), True),
+        "hidden states to the host": (lambda: copy_to_host(weight), lambda: weight.cpu(), True),
     }  # fmt: skip
 
 

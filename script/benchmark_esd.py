@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lib.esd import Spectrum, as_published
+from lib.esd import Spectrum, published_precision
 from lib.memory import keep_freed_memory
 from lib.metrics import METRICS
 
@@ -51,7 +51,7 @@ def published_alpha_peak(weight: torch.Tensor) -> float:
 
 
 def ours(weight: torch.Tensor, metric: str = "alpha_peak") -> float:
-    return METRICS[metric].score(Spectrum(as_published(weight)))
+    return METRICS[metric].score(Spectrum(published_precision(weight)))
 
 
 def heavy_tailed(rows: int, columns: int, seed: int) -> torch.Tensor:

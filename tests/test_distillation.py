@@ -35,7 +35,7 @@ def test_log_probabilities_of_a_few_tokens_and_the_rest():
 @pytest.mark.parametrize("kept", [32, 95])
 @pytest.mark.parametrize("architecture", ["llama_tied", "gemma2", "gpt2"])
 def test_targets_are_the_models_own_distribution(architecture, kept, monkeypatch):
-    monkeypatch.setattr(distillation, "KEPT", kept)
+    monkeypatch.setattr(distillation, "TOP_K", kept)
     model, tokens = LanguageModel(tiny_model(architecture)), tiny_tokens(5)
     targets = dense_targets(model, tokens, batch_size=2)
     with torch.no_grad():
@@ -48,8 +48,8 @@ def test_targets_are_the_models_own_distribution(architecture, kept, monkeypatch
 
 def test_training_is_that_of_a_reference(monkeypatch):
     """A toy whose whole vocabulary but one is kept: the exact divergence, in float64 by autograd and torch's Adam."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
-    monkeypatch.setattr(distillation, "KEPT", 95)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "TOP_K", 95)
     hf, tokens = Toy([Block(), Block()]), tiny_tokens(7, 10)
     hf.get_output_embeddings = lambda: hf.lm_head
     model, recipe = LanguageModel(hf), distillation.RECIPE

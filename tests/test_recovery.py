@@ -62,7 +62,7 @@ def adam_by_hand(weight, gradient_of, rates, kept):
 
 def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
     """y = W x towards V x for 6 windows in steps of 4 and 2, whose order is the generator's; two epochs."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
     monkeypatch.setattr(recovery, "RECIPE", Recipe(epochs=2, windows=4, rate=1e-2, floor=0.2))
     model = LanguageModel(tiny_model("llama"))
     matrix, generator = model.matrices[0], torch.Generator().manual_seed(3)
@@ -95,7 +95,7 @@ def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
 
 def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
     """Two blocks of a toy by autograd in float64: the second starts from what the first one's training has left."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
     recipe = Recipe(epochs=3, windows=4, rate=1e-2, floor=0.5)
     monkeypatch.setattr(recovery, "RECIPE", recipe)
     hf, tokens = Toy([Block(), Block()]), tiny_tokens(8, 10)
@@ -145,9 +145,9 @@ def test_rates_rise_and_fall():
 @pytest.mark.parametrize(("windows", "counted"), [(24, 0), (23, 0), (48, 16), (41, 9)])
 def test_a_step_is_the_same_windows_for_any_number_of_ranks(size, windows, counted, monkeypatch):
     recipe = Recipe(epochs=1, windows=8, rate=1.0, floor=0.1)
-    monkeypatch.setattr(ranks, "size", lambda: size)
+    monkeypatch.setattr(ranks, "world_size", lambda: size)
     shares = [len(range(rank, windows, size)) for rank in range(size)]
-    monkeypatch.setattr(ranks, "gather", lambda _: shares)
+    monkeypatch.setattr(ranks, "all_gather", lambda _: shares)
     batch, found = recipe.batch(4, counted), {}
     for rank in range(size):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
@@ -174,7 +174,7 @@ def test_statistics_are_of_the_first_windows_and_training_of_all(monkeypatch):
         model = LanguageModel(tiny_model("llama"))
         prune_model(
             model, PRUNERS["sparsegpt"], {m.name: 0.5 for m in model.matrices}, Pattern(), windows, batch_size=4,
-            asymmetry=0.5, recovery=True, counted=counted,
+            asymmetry=0.5, recovery=True, stats_windows=counted,
         )  # fmt: skip
         results[name] = [matrix.weight.clone() for matrix in model.matrices]
     same = lambda a, b: all(map(torch.equal, results[a], results[b]))  # noqa: E731

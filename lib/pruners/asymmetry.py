@@ -19,7 +19,7 @@ def factor(stats: InputStats) -> Tensor:
     return damped(stats, "Cholesky factorisation", factorise)[0]
 
 
-def aim(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
+def asymmetric_weights(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
     """The weights W that solve min ||X W^T - T||^2 + ridge ||W - W_0||^2, none removed yet, with the target
     T = ((1 - a) X + a X_d) W_0^T, and + a (R_d - R) for the matrix that writes the block's output.
 
