@@ -27,6 +27,11 @@ class Inputs(NamedTuple):
     evaluation: Tensor | None
     tasks: zero_shot.Tasks | None
 
+    @property
+    def watched(self) -> Tensor | None:
+        """Windows that stand for all that the run reads: the evaluation's, or else the calibration's."""
+        return self.windows.calibration if self.evaluation is None else self.evaluation
+
 
 def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -> Inputs:
     """All of them, before any weight is read: what is missing or too short ends the run early, with a RunError.

@@ -26,11 +26,6 @@ class Windows:
     held_out: Tensor | None = None
     recovery: Tensor | None = None
 
-    @property
-    def for_planning(self) -> tuple[Tensor | None, Tensor | None]:
-        """What sparsities are planned with."""
-        return self.calibration, self.held_out
-
 
 def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
     """Cut from --calib_data; none where the model has yet to write them."""

@@ -64,7 +64,7 @@ def test_ranks_write_one_series(model, monkeypatch):
 
 def test_what_a_window_begins_with(model, monkeypatch):
     model.tokenizer = SimpleNamespace()
-    monkeypatch.setattr(own_text.tokens, "beginning", lambda _: [1])
+    monkeypatch.setattr(own_text.tokens, "prefix", lambda _: [1])
     monkeypatch.setattr(own_text.tokens, "bos", lambda _: 7)
     assert own_text.own_text(model, 4, seqlen=12)[:, 0].tolist() == [1] * 4
     assert own_text.own_text(model, 4, seqlen=12, add_bos="every")[:, 0].tolist() == [7] * 4

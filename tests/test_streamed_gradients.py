@@ -8,7 +8,7 @@ from test_stream import config_of
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
 import main
-from lib import PRUNERS, Pattern, RunConfig, RunError, find_source, prune_model
+from lib import PRUNERS, Pattern, RunConfig, RunError, evaluator, find_source, prune_model
 from lib.activations import Store
 from lib.fisher import row_fisher
 from lib.gradients import for_each_gradient
@@ -118,7 +118,7 @@ def test_a_shared_matrix_is_refused_before_any_work(tmp_path, monkeypatch):
     tiny_model("zamba").save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     make_texts(tmp_path)
-    monkeypatch.setattr(main, "perplexity", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr(evaluator, "perplexity", lambda *_, **__: pytest.fail("the work has begun"))
     config = run_config(tmp_path, prune_method="wanda_search", sparsity_ratio=0.5, stream=True)
     with pytest.raises(RunError, match=r"--stream: .*shared_transf.* is used more than once .* leave out --stream"):
         main.run(config)

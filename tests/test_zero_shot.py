@@ -22,7 +22,7 @@ from tiny import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import main
-from lib import LanguageModel, RunConfig, RunError, find_source, open_model, results, zero_shot
+from lib import LanguageModel, RunConfig, RunError, find_source, open_model, results, workspace, zero_shot
 from lib import hub as doors
 from lib.activations import Store
 from lib.harness import HarnessModel
@@ -371,7 +371,7 @@ def test_one_line_before_the_model(tasks, says, hub, folder, tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     (tmp_path / "badly").mkdir()
     (tmp_path / "badly" / "bad.yaml").write_text("task: [mine\nother: {")
-    monkeypatch.setattr(main, "load_model", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(workspace, "load_model", lambda *a, **k: pytest.fail("the weights were read"))
     with pytest.raises(RunError, match=f"^--tasks.*{says}") as error:
         main.run(config_of(folder, tmp_path, tasks=(tasks.format(tmp=tmp_path),)))
     assert "Traceback" not in str(error.value)

@@ -12,6 +12,7 @@ from .finetuned import (
     write_finetuned,
 )
 from .journal import Journal
+from .record import PruningRecord
 from .report import write_report
 from .run import (
     COLUMNS,
@@ -31,6 +32,7 @@ __all__ = [
     "RECORD_FILE",
     "Journal",
     "MetricCache",
+    "PruningRecord",
     "TrainingState",
     "activation_store",
     "append_result",
