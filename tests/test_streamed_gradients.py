@@ -147,13 +147,13 @@ def test_gradients_on_the_way_back_are_held_for_one_block(tmp_path, monkeypatch)
     tiny_model("llama", num_hidden_layers=8).save_pretrained(tmp_path / "model")
     model = open_model(find_source(str(tmp_path / "model")), "cpu")
     model.load_non_blocks()
-    store, most, hold = Store(tmp_path, limit=10**9), [], Store.hold
+    store, most, reserve = Store(tmp_path, limit=10**9), [], Store.reserve
 
     def watched(self, size: int, owner: object) -> None:
-        hold(self, size, owner)
+        reserve(self, size, owner)
         most.append(self.held)
 
-    monkeypatch.setattr(Store, "hold", watched)
+    monkeypatch.setattr(Store, "reserve", watched)
     gradients_of(model, tiny_tokens(8), 2, store)
     assert max(most) <= (8 + 1 + 2) * 8 * 24 * 32 * 4
     assert store.held == 0

@@ -1,6 +1,6 @@
 """Times products with pruned matrices, and a pruned model that generates, with their zeros and without.
 
-    python script/benchmark_decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
+    python script/benchmark/decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
 
 For each shape, sparsity and batch: dense float32, dense bfloat16, torch's CSR (float32) and packed bfloat16, in turn,
 from memory and not from caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +98,11 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
 def generate(folder: Path, sparsity: str, held: str) -> dict:
     """A row of models.csv, of a process of its own."""
     if not (folder / "config.json").is_file():
-        script = Path(__file__).with_name("random_checkpoint.py")
+        script = Path(__file__).parents[1] / "random_checkpoint.py"
         subprocess.run([sys.executable, script, folder, *LLAMA, "--sparsity", sparsity], check=True)
     kind, _, dtype = held.partition(" ")
     flags = ["--dtype", dtype] + ["--dense"] * (kind == "dense")
-    script = Path(__file__).with_name("generate.py")
+    script = Path(__file__).parents[1] / "generate.py"
     done = subprocess.run(
         [sys.executable, script, "--model", folder, "--prompt", "Once upon a time", "--max_new_tokens", "48", *flags],
         check=True, stdout=subprocess.PIPE, text=True,
