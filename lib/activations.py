@@ -1,4 +1,4 @@
-"""Where many windows' hidden states, and weights set aside, live: in memory, or past a limit in memory-mapped files."""
+"""Storage of many windows' hidden states and of copied weights: in memory, past a limit in memory-mapped files."""
 
 import os
 import weakref
@@ -30,14 +30,14 @@ class Store:
 
     @property
     def available(self) -> int:
-        """Bytes that memory still has room for."""
+        """Bytes that may still be held in memory."""
         return max(self.limit - self.held, 0)
 
     def fits(self, size: int) -> bool:
         return size <= self.available
 
     def reserve(self, size: int, owner: object) -> None:
-        """So many bytes lie in memory for as long as `owner` lives."""
+        """Count `size` bytes as used for as long as `owner` lives."""
         self.held += size
         weakref.finalize(owner, self._release, size)
 
@@ -53,7 +53,7 @@ class Store:
         return copy
 
     def map(self, size: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of `size` elements whose memory is a file. Raises RunError where the disk has no room for it."""
+        """A memory-mapped tensor of `size` elements. Raises RunError where the disk has no room for it."""
         path = self.folder / f"activations-{os.getpid()}"
         try:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT)) as file:
@@ -108,18 +108,18 @@ class Activations:
         return value if self._store is None or not value.is_cuda else copy_to_host(value)
 
     def new_empty(self) -> "Activations":
-        """A place for other tensors of the same windows."""
+        """An empty container for other tensors of the same windows."""
         return Activations(self._device, self._count, self._store)
 
     def copy(self) -> "Activations":
-        """The same tensors, to go their own way."""
+        """An independent copy."""
         other = self.new_empty()
         for index, value in enumerate(self._batches):
             other.put(index, value.clone())
         return other
 
     def same_layout(self, tensor: Tensor) -> bool:
-        """Whether a window's tensor has the shape and the type of these."""
+        """Whether a batch's tensor has the shape, but for the batch size, and the dtype of these."""
         first = self._batches[0]
         return first.shape[1:] == tensor.shape[1:] and first.dtype == tensor.dtype
 

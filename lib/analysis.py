@@ -1,4 +1,4 @@
-"""What a run says and measures of a model before anything is pruned; with --analyze_only that is all."""
+"""Measurements of the dense model: metrics of every matrix (all of --analyze_only), and the effect of BOS."""
 
 import logging
 import math
@@ -53,9 +53,7 @@ def describe(model: LanguageModel, events: list[dict], source: Source) -> dict:
 
 
 def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: list[dict]) -> tuple[dict, dict]:
-    """Every matrix under every metric of the run, and what the pictures show of its spectrum; from the cache what is
-    there.
-    """
+    """(metric -> matrix -> score, matrix -> ESD for the pictures), cached from run to run."""
     esds = {} if config.plot else None
     with clock("metric"):
         cache = results.MetricCache(results.metric_folder(config, model), model, events)

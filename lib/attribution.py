@@ -1,4 +1,4 @@
-"""Which matrix a change of the loss comes from, when all change at once: integrated gradients over weights."""
+"""Attribution of a change of the loss to the matrices that changed: integrated gradients over weights."""
 
 from collections.abc import Callable
 

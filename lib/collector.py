@@ -80,12 +80,14 @@ class Collector:
 
     @property
     def not_called(self) -> list[Matrix]:
-        """Linear maps that no pass has called so far."""
+        """Matrices of linear maps whose module no pass has called so far."""
         return [matrix for matrix in self._matrices if matrix.expert is None and matrix.module not in self._reached]
 
     @contextmanager
     def watch_products(self):
-        """While the first batch runs through the block once more, for those of them that are read without a call."""
+        """While the first batch runs through the block once more: finds those of `not_called` that are multiplied with
+        all the same.
+        """
         before = set(self.stats)
         with self._products(self.not_called):
             yield

@@ -1,4 +1,4 @@
-"""What an output of a matrix matters to the loss: the empirical Fisher information of the weights that make it."""
+"""Empirical Fisher information of a matrix's rows: how much each output matters to the loss."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,6 +1,6 @@
 """Scores to boolean masks, True where a weight goes. Counts are exact, ties included.
 
-`zeroed` (a mask like the scores, or None) are weights that are zero already: they are taken before any other, whatever
+`zeroed` (a mask like the scores, or None) are weights that are zero already. They are pruned first, whatever
 their scores, count towards what is asked for, and are taken even where they are more than that.
 """
 
@@ -47,12 +47,12 @@ class Pattern:
         return round(sparsity * self.group)
 
     def on(self, weight: Tensor) -> "Pattern":
-        """The same for one matrix (out, in): what is zero stays zero."""
+        """This pattern for one matrix (out, in), whose zeros stay zero."""
         zeroed = weight == 0
         return replace(self, zeroed=zeroed if zeroed.any() else None)
 
     def min_zeros(self, sparsity: float) -> int:
-        """Zeros that a matrix pruned to `sparsity` has in any case, for those that are zeroed; 0 where none are."""
+        """The least number of zeros after pruning to `sparsity`, given those that are there; 0 where none are."""
         if self.zeroed is None:
             return 0
         if self.group is None:
@@ -89,7 +89,7 @@ def _up_to(limit: Tensor, scores: Tensor, counts: int | Tensor) -> Tensor:
 
 
 def _first(scores: Tensor, zeroed: Tensor | None) -> Tensor:
-    """The scores, those that are zeroed below all others."""
+    """The scores, with -inf where a weight is zero already."""
     return scores if zeroed is None else scores.masked_fill(zeroed, -torch.inf)
 
 

@@ -1,4 +1,4 @@
-"""How the process holds on to memory."""
+"""Memory of the process: what malloc keeps, copies to the host."""
 
 import ctypes
 import sys

@@ -47,7 +47,7 @@ class Matrix:
 
     @property
     def uses(self) -> tuple["Matrix", ...]:
-        """The matrix as each module has it, in order."""
+        """This matrix as a part of each module that shares it, in order."""
         return (*self.earlier, self)
 
     @property
@@ -57,7 +57,7 @@ class Matrix:
 
     @property
     def stored(self) -> nn.Parameter:
-        """The parameter that holds it, and with an expert the others of its kind."""
+        """The parameter that holds it; of an expert also the other experts of its stack."""
         return getattr(self.module, self.parameter)
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -114,12 +114,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the input embeddings, which takes token ids."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def devices(self) -> list[torch.device]:
-        """All that the model lies on."""
+        """The devices that hold any of the model's parameters."""
         found = {parameter.device for parameter in self.model.parameters() if not parameter.is_meta}
         return sorted(found or {self.device}, key=str)
 
@@ -127,7 +127,7 @@ class LanguageModel:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
     def uses_in(self, block: int) -> list[tuple[Matrix, Matrix]]:
-        """Every matrix that the block reads: as it has it, and as it is in `matrices`."""
+        """Every matrix that the block reads, as (its use in this block, the entry of `matrices`)."""
         return [(use, matrix) for matrix in self.matrices for use in matrix.uses if use.block == block]
 
     def groups(self) -> Iterator[list[Matrix]]:
@@ -137,7 +137,7 @@ class LanguageModel:
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):
-        """While the values of `matrices` are read. A model in memory has them at hand, and nothing is done."""
+        """While the values of `matrices` are read; a streamed model loads them. A model in memory does nothing."""
         yield
 
     @contextmanager
@@ -153,7 +153,7 @@ class LanguageModel:
         yield
 
     def keep_resident(self, names: Iterable[str]) -> None:
-        """Keep the values of these, which are resident, for good; likewise."""
+        """Keep the values of these parameters, which are resident, in memory from now on; likewise."""
 
     @contextmanager
     def restored(self, store: Store | None = None) -> Iterator[Callable | None]:
@@ -179,7 +179,7 @@ class LanguageModel:
         return {name: value for name, value in self.model.state_dict().items() if name not in tied}
 
     def non_block_state(self) -> dict[str, Tensor]:
-        """Of these the ones outside the blocks."""
+        """Those of `state` that are outside the blocks: embeddings, final norm, head."""
         blocks = tuple(f"{name}." for name in self.block_names)
         return {name: value for name, value in self.state().items() if not name.startswith(blocks)}
 
@@ -205,7 +205,7 @@ class LanguageModel:
 
     @property
     def stays_dense(self) -> str | None:
-        """What is to be said of the weights that no pruner reaches; nothing where they are few."""
+        """A warning about the weights in blocks that are not prunable; None where they are few."""
         if self.dense_share <= NEGLIGIBLE:
             return None
         names = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.uncovered)
@@ -213,7 +213,7 @@ class LanguageModel:
 
     @cached_property
     def digest(self) -> str:
-        """Of the prunable matrices as loaded (take it before pruning), see lib/digest.py."""
+        """Digest of the prunable matrices as loaded (lib/digest.py); read it before pruning."""
         return digest(self)
 
     def describe(self) -> dict:

@@ -1,4 +1,4 @@
-"""From flags to a sparsity for every matrix: what the allocation reads is measured, its parameter chosen; and done."""
+"""From flags to a sparsity for every matrix (`plan`), and pruning to it (`apply_plan`)."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""In what type products of matrices are computed: exactly in float32, or for gradients in the processor's fast type."""
+"""Precision of matrix products: full float32, or mixed precision for gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def float32_matmul_precision() -> str:
-    """What this process asks of products of float32 matrices: "highest" is float32 throughout, less TF32 or bfloat16.
+    """torch's float32 matmul precision: "highest" is float32 throughout, "high" and "medium" allow TF32 or bfloat16.
 
     Torch has two interfaces to ask through, which may contradict each other.
     """

@@ -48,7 +48,7 @@ def layer_quality(
 
 
 def esd_summary(spectrum: Spectrum, metric: str) -> dict:
-    """What a picture shows of a spectrum: its histogram over log10(lam), and the power law behind `metric`.
+    """A spectrum's histogram over log10(lam) and the power law behind `metric`, for the pictures.
 
     `tail` is the share of the eigenvalues at and above lam_min.
     """

@@ -63,7 +63,7 @@ class Route:
         return len(self.visits) - 1 - self.visits[::-1].index(block)
 
     def last_read(self, leaf: Leaf) -> int:
-        """The last visit whose arguments are made of the leaf; one beyond them for the last hidden state; or -1."""
+        """The last visit that reads the leaf; the number of visits where the last hidden state does; -1 for none."""
         return max((visit for visit, leaves in enumerate(self.reads) if leaf in leaves), default=-1)
 
     def call(self, visit: int, block: nn.Module, call: Call) -> list:

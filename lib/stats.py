@@ -1,4 +1,4 @@
-"""What calibration remembers of the tensor that a matrix reads."""
+"""Input statistics of a matrix over the calibration set: X^T X or its diagonal."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ class InputStats:
 
     @classmethod
     def empty(cls, needs: str, columns: int, device: torch.device, cross: bool = False) -> "InputStats":
-        """Of an input of that width which no token has reached."""
+        """The statistics of an input of that width before any token."""
         stats = cls(needs, cross)
         stats.add(torch.empty(0, columns, device=device))
         return stats
@@ -75,7 +75,7 @@ class InputStats:
             self.sum_squares += x.square().sum(0)
 
     def merged(self, other: "InputStats") -> "InputStats":
-        """Over the tokens of both, each finished; neither may hold a residual."""
+        """The statistics over the tokens of both, each finished; neither may hold a residual."""
         both = InputStats(self.needs, self._wants_cross)
         both.tokens, both.paired = self.tokens + other.tokens, self.paired + other.paired
         if self.gram is None:
@@ -98,7 +98,7 @@ class InputStats:
             symmetrize(self.gram)
 
     def summary(self) -> dict:
-        """What a run records of them."""
+        """A summary for the journal."""
         return {"tokens": self.tokens, "sum_squares": float(self.sum_squares.sum())}
 
     def derive(self, function: Callable[["InputStats"], object]) -> object:

@@ -14,7 +14,7 @@ AT_ONCE = 2**22  # elements of a tensor that are copied at a time: embeddings ma
 
 def round_to_save_dtypes(state: Mapping[str, Tensor], save_dtypes: Mapping[str, torch.dtype]) -> Iterator[str]:
     """Round every tensor, in place, to the values of the dtype that it is saved in, so that what is measured of the
-    model holds for its checkpoint. Yields what is worth saying.
+    model holds for its checkpoint. Yields a message for each tensor that lost values.
 
     Raises RunError for values beyond what the dtype can hold.
     """
@@ -40,8 +40,8 @@ def round_to_save_dtypes(state: Mapping[str, Tensor], save_dtypes: Mapping[str, 
 
 @contextmanager
 def held_in_save_dtypes(model: nn.Module, save_dtypes: Mapping[str, torch.dtype]):
-    """While all that has values in a model, settled, lies in the smaller types that it is saved in, so that what is
-    written is no second copy of it.
+    """While parameters and buffers of a rounded model are held in the dtypes that they are saved in, where these are
+    smaller: writing needs no second copy.
     """
     wide = []
     try:
@@ -57,7 +57,7 @@ def held_in_save_dtypes(model: nn.Module, save_dtypes: Mapping[str, torch.dtype]
 
 
 def in_save_dtypes(state: Mapping[str, Tensor], save_dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors on the CPU in the dtypes that they are saved in; what shares storage still does."""
+    """The tensors on the CPU in the dtypes that they are saved in; tensors that share storage still do."""
     made, cast = {}, {}
     for name, tensor in state.items():
         dtype = save_dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype

@@ -27,7 +27,7 @@ ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
 
 
 class DenseReference:
-    """The dense model beside one block that is pruned in stages: its stream, and a copy of the block as it was.
+    """The dense reference of one block that is pruned in stages: the dense model's stream, and a copy of the block.
 
     advances         whether the stream leaves the block with the next statistics: those of the last stage
     dense_modules    module of the block -> its dense copy
@@ -42,7 +42,7 @@ class DenseReference:
         self.dense_modules = dict(zip(module.modules(), self._module.modules(), strict=True))
 
     def leaves(self, batch: int) -> list:
-        """What the dense block gives for one batch."""
+        """The dense block's output leaves for one batch."""
         return self.stream.leaves(self._visit, batch, self._module)
 
 
@@ -108,7 +108,7 @@ class Stream:
         return self.model.blocks[self.visits[visit]]
 
     def copy(self) -> "Stream":
-        """Another stream of the same windows, at the same place."""
+        """Another stream of the same windows, at the same visit."""
         other = copy.copy(self)
         other.hidden = self.hidden.copy()
         other._held = {leaf: other.hidden if held is self.hidden else held.copy() for leaf, held in self._held.items()}
@@ -133,12 +133,12 @@ class Stream:
         return filled(kept, given(self._output_of(visit - 1), batch))
 
     def given(self, leaf: Leaf, batch: int) -> Tensor | None:
-        """What was received of it, where that is still held."""
+        """The value of a leaf that was received and is still held, else None."""
         held = self._held.get(leaf)
         return None if held is None or batch >= len(held) else held[batch]
 
     def leaves(self, visit: int, batch: int, block: nn.Module | None = None) -> list:
-        """What the visit gives for one batch; with another block in the place of the model's."""
+        """The visit's output leaves for one batch; `block` stands in for the model's own."""
         return self.route.call(visit, block or self.block(visit), self.arguments(visit, batch))
 
     def output(self, visit: int, batch: int) -> Tensor:
@@ -146,7 +146,7 @@ class Stream:
         return self.leaves(visit, batch)[self.route.hidden[visit]]
 
     def receive(self, visit: int, batch: int, leaves: list) -> None:
-        """Keep of what a visit gave what the model goes on with."""
+        """Keep those of a visit's output leaves that later visits read."""
         if batch == 0:
             self._allocate(visit)
         for place, value in enumerate(leaves):
@@ -154,7 +154,7 @@ class Stream:
                 self._held[visit, place].put(batch, value)
 
     def release(self, visit: int) -> None:
-        """Let go of what a visit gave, of a stream that keeps all."""
+        """Free a visit's output leaves, in a stream that keeps all."""
         self._held = {leaf: held for leaf, held in self._held.items() if leaf[0] != visit}
 
     def _output_of(self, visit: int) -> Leaf:
@@ -164,7 +164,7 @@ class Stream:
         return 0 if leaf == ENTRY else self.route.last_read(leaf)
 
     def _allocate(self, visit: int) -> None:
-        """Places for what this visit gives, if need be those of what is wanted no more once it has its arguments."""
+        """Allocate the visit's output leaves; reuses the buffers of leaves that no later visit reads."""
         free = []
         if not self._keep:
             self._held = {leaf: held for leaf, held in self._held.items() if self._last_read(leaf) >= visit}
@@ -239,7 +239,7 @@ class Stream:
 
     @torch.no_grad()
     def stages(self, visit: int, matrices: list[Matrix]) -> list[list[Matrix]]:
-        """The matrices of a block by the order in which a pass reads their inputs.
+        """The matrices of a block in the order in which a forward pass reads their inputs.
 
         Together are those that read the same tensor, and all experts' of one kind; the same on every rank.
         """

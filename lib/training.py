@@ -32,7 +32,7 @@ class Recipe:
 
     @property
     def step(self) -> int:
-        """Windows a step: more processes than these have a window each."""
+        """Windows a step: at least one for each process."""
         return max(self.windows, ranks.world_size())
 
     def batch(self, most: int, counted: int = 0) -> int:
@@ -45,7 +45,7 @@ class Recipe:
         return max(size for size in range(1, max(1, most) + 1) if whole % size == 0)
 
     def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied with at that step, counted from 0."""
+        """The learning-rate factor of a step, counted from 0: warm-up, then cosine decay to `floor`."""
         rising = min(self.warm_up, steps // 4)
         if step < rising:
             return (step + 1) / rising
@@ -102,7 +102,7 @@ def train(
 
 
 def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:
-    """Of each step this rank's batches: none for some, where the last windows are other ranks'."""
+    """This rank's batches of each step; some steps may have none, where the last windows are other ranks'."""
     last = -(-sum(ranks.all_gather(windows)) // step)
     batches: list[list[int]] = [[] for _ in range(last)]
     for batch in range(-(-windows // batch_size)):

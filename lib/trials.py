@@ -1,4 +1,4 @@
-"""Prunings on trial: how well the model does on windows held out, and the weights put back."""
+"""Trial prunings: the perplexity on held-out windows, with the weights restored afterwards."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The calibration windows of a run, by what each part of them is for."""
+"""The calibration set of a run, its held-out windows and those of recovery."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Windows:
 
 
 def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
-    """Cut from --calib_data; none where the model has yet to write them."""
+    """Windows cut from --calib_data; none where the model is to sample them."""
     if not config.calibrated or config.writes_own_text:
         return Windows()
     found = calibration_windows(
@@ -39,7 +39,7 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
 
 
 def sampled_windows(config: RunConfig, model: LanguageModel, seqlen: int) -> Windows:
-    """Sampled from the dense model (--calib_data self), or from the cache what it has written before."""
+    """Windows sampled from the dense model (--calib_data self), cached from run to run."""
     settings = {
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
         "device": model.device.type, "dtype": str(model.model.dtype),

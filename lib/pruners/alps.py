@@ -102,7 +102,7 @@ def _solver(
 
 
 def refine(z: Tensor, dense: Tensor, gram: Tensor, support: Tensor) -> Tensor:
-    """Conjugate gradients, row by row, on min tr((Z - B_0) G (Z - B_0)^T) with the support `support` of Z fixed."""
+    """Conjugate gradients, row by row, on min tr((Z - B_0) G (Z - B_0)^T) with the support (a mask) of Z fixed."""
     residual = ((dense - z) @ gram) * support  # (out, in): minus half the gradient
     direction, size = residual, residual.square().sum(1, keepdim=True)
     for _ in range(REFINEMENTS):

@@ -1,6 +1,6 @@
-"""The asymmetric target: aim a layer part of the way at the dense model's output, not at its own on pruned inputs.
+"""Asymmetric calibration: the target of a layer lies between its output on pruned inputs and the dense model's.
 
-As in GPTAQ (Li et al., ICML 2025, arXiv 2504.02692), which aims all of the way, for quantisation.
+As in GPTAQ (Li et al., ICML 2025, arXiv 2504.02692), for quantisation, where the target is the dense output.
 """
 
 import torch

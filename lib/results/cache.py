@@ -64,7 +64,7 @@ class MetricCache:
             self.write()
 
     def write(self) -> None:
-        """Put what is new on disk."""
+        """Write new values to disk."""
         for entry in sorted(self._grown):
             write_text(self.folder / f"{entry}.json", json.dumps(self._files[entry], indent=1) + "\n")
         self._grown.clear()

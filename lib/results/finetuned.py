@@ -28,7 +28,7 @@ def prepare_finetuning(config: Flags) -> None:
 
 
 class TrainingState(Resumable):
-    """A fine-tuning's way so far: the Trainer's checkpoints, in a hidden folder beside --save_model.
+    """The state of a fine-tuning: the Trainer's checkpoints, in a hidden folder beside --save_model.
 
     folder  where they lie
     latest  the last that is whole, to go on from; None at the beginning
@@ -58,7 +58,7 @@ class TrainingState(Resumable):
         return str(whole[-1]) if whole else None
 
     def close(self) -> None:
-        """The run is over: forget the way here."""
+        """The run is complete: remove the state."""
         ranks.barrier()
         remove(self.folder)
 

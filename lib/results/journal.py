@@ -1,4 +1,4 @@
-"""What a streamed run has finished, so that the same command goes on after it."""
+"""The journal of a streamed run: which blocks are pruned and saved, so that the same command resumes after them."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class Resumable:
-    """What a run has finished so far, and whose run it is.
+    """The state of an interrupted run, with a header that says which run it belongs to.
 
-    Raises RunError where what is there belongs to another run, naming the first difference.
+    Raises RunError for the state of another run, naming the first difference.
     """
 
     def __init__(self, folder: Path, config: Flags, digest: str):
@@ -53,7 +53,7 @@ class Resumable:
         raise RunError(f"{flag} {folder}: holds the unfinished result of another run: {what}; --restart begins anew")
 
     def cached(self, name: str, make):
-        """`make()`, or what it returned when this run was here before."""
+        """`make()`, or its result from before the run was interrupted."""
         path = self._folder / f"{name}.json"
         known = ranks.from_main(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else [])
         if known:
@@ -121,7 +121,7 @@ class Journal(Resumable):
         return f"model-{number + 1:05}-of-{len(self._model.blocks) + 1:05}.safetensors"
 
     def commit(self, block: int, seen: dict[str, dict], events: list[dict]) -> None:
-        """Write the pruned block, which is resident, and then its record: what was `seen` of its inputs, by matrix."""
+        """Save the pruned block, which is resident, and its record; `seen` are its statistics' summaries by matrix."""
         from transformers.core_model_loading import revert_weight_conversion  # a second to import
 
         name = self._shard_name(block + 1)
@@ -135,7 +135,7 @@ class Journal(Resumable):
         ranks.barrier()
 
     def finish(self) -> None:
-        """Write what lies outside the blocks, and give the whole checkpoint its name; from now on it is read from."""
+        """Save what is outside the blocks and rename the complete checkpoint; the model is read from it from now on."""
         if self._where == self._partial and ranks.is_main():
             self._write_non_blocks()
             remove(self._target)
@@ -146,7 +146,7 @@ class Journal(Resumable):
         self.use_committed(len(self._model.blocks))
 
     def use_committed(self, blocks: int) -> None:
-        """Have the model read its first `blocks` blocks from where they were committed."""
+        """From now on read the model's first `blocks` blocks from their committed shards."""
         files = [self._where / record["file"] for record in self._records[:blocks]]
         self._model.replace(range(blocks), files)
 
@@ -174,6 +174,6 @@ class Journal(Resumable):
         finalize_folder(self._partial)
 
     def close(self) -> None:
-        """The run is over: forget the way here."""
+        """The run is complete: remove the journal."""
         ranks.barrier()
         remove(self._folder)

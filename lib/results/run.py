@@ -65,7 +65,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def activation_store(config: RunConfig) -> Store | None:
-    """Where a streamed run's activations lie."""
+    """The store of a streamed run's activations; None for a model in memory."""
     if not config.stream:
         return None
     limit = None if config.activation_memory is None else int(config.activation_memory * 1e9)
@@ -131,7 +131,7 @@ def _sparsity(config: RunConfig, layers: list[dict]) -> dict:
 
 
 def overall_sparsity(layers: list[dict]) -> float:
-    """Of all the weights in the layers of run.json."""
+    """The share of zeros over all layers of run.json, weighted by size."""
     sizes = [math.prod(layer["shape"]) for layer in layers]
     return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
@@ -146,7 +146,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def environment(model: dict) -> dict:
-    """What the numbers were made with."""
+    """Versions, devices and precision of the run."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
