@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 TOP_K = 32  # probabilities of a token that are told apart
 MIN_LOG_PROB = -100.0  # of a log-probability: of one that is 0 there is no product with 0
 
-RECIPE = Recipe(epochs=1, windows=2, rate=2e-4, floor=0.1, warm_up=8)  # the better of two rates on windows held out
+# The better of two learning rates on held-out windows.
+RECIPE = Recipe(epochs=1, windows=2, learning_rate=2e-4, min_lr_ratio=0.1, warmup_steps=8)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
     passes = RECIPE.epochs * len(targets.windows) + len(windows[0])  # the first on trial
     with gradient_checkpointing(model), progress(None, "recovery", "window", total=passes) as bar:
         trained = {matrix.stored for matrix in model.matrices}
-        others = [parameter for parameter in model.model.parameters() if parameter not in trained]
-        totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, others)
+        frozen = [parameter for parameter in model.model.parameters() if parameter not in trained]
+        totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, frozen)
     means = [total / tokens for total in totals]
     log.info("divergence from the dense model: %s nats a token", ", ".join(f"{mean:.4f}" for mean in means))
     return means

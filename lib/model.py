@@ -141,9 +141,9 @@ class LanguageModel:
         yield
 
     @contextmanager
-    def resident_block(self, index: int, upto: int | None = None):
-        """While the block `index` is run or changed; likewise. Of blocks that were replaced, those after `upto`, if
-        given, are read as they were before, and so is what they share with this one.
+    def resident_block(self, index: int, pruned_upto: int | None = None):
+        """While the block `index` is run or changed; likewise. Of replaced blocks those after `pruned_upto`, if given, are
+        read as they were before, and so is what they share with this one.
         """
         yield
 

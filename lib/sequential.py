@@ -92,9 +92,9 @@ def prune_model(
         if recovery and step.dense is not None and (whole := model.matrices_of(block)):
             with clock("recover"):
                 weights = {matrix.stored for matrix in whole}
-                others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
+                frozen = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
                 forward = functools.partial(step.stream.output, step.visit)
-                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, others)
+                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, frozen)
             log.info("block %d: error %.4f of the dense output, %.4f after training", block + 1, first, final)
         found = [event for events_of_rank in ranks.all_gather(found) for event in events_of_rank]
         # So that the next block reads what is saved.
@@ -250,7 +250,7 @@ def walk(
             again = [use for use, matrix in uses if matrix.block >= max(done, block + ends)]  # by a later visit
             if not (ends and block >= done):  # nothing is pruned: what is, was when its last visit came
                 if again or dense_stream is not None or not ends:
-                    with model.resident_block(block, upto=-1):
+                    with model.resident_block(block, pruned_upto=-1):
                         if again:
                             collect(visit, again, DenseReference(dense_stream, visit) if cross else None)
                         if dense_stream is not None:
@@ -258,7 +258,7 @@ def walk(
                         if not ends:
                             advance(stream, visit, "propagation")
                 if ends:
-                    with model.resident_block(block, upto=block):
+                    with model.resident_block(block, pruned_upto=block):
                         advance(stream, visit, "propagation")
                 continue
             with model.resident_block(block):

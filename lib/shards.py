@@ -278,10 +278,10 @@ class ShardedModel(LanguageModel):
         """From now on read these blocks from other files."""
         self._replaced |= dict.fromkeys(blocks, Shards(self.model, files, self.name))
 
-    def _place(self, name: str, upto: int | None) -> tuple[Shards, str]:
+    def _place(self, name: str, pruned_upto: int | None) -> tuple[Shards, str]:
         """Where what is called `name` is read from, and its name there."""
         last = self._last_block[name]
-        replaced = None if upto is not None and last > upto else self._replaced.get(last)
+        replaced = None if pruned_upto is not None and last > pruned_upto else self._replaced.get(last)
         for shards in filter(None, (replaced, self._shards)):
             for alias in self._names(name):
                 if shards.holds(alias):
@@ -289,14 +289,14 @@ class ShardedModel(LanguageModel):
         return self._shards, name
 
     @contextmanager
-    def _resident(self, names: list[str], upto: int | None = None):
-        places = {name: self._place(name, upto) for name in names if name not in self._held}
+    def _resident(self, names: list[str], pruned_upto: int | None = None):
+        places = {name: self._place(name, pruned_upto) for name in names if name not in self._held}
         try:
             for shards in {shards for shards, _ in places.values()}:
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
             for name, (_, alias) in places.items():
                 _set(self.model, name, _get(self.model, alias))
-                if upto is None and alias in self._trial_values:
+                if pruned_upto is None and alias in self._trial_values:
                     _get(self.model, alias).copy_(self._trial_values[alias])
             yield
         finally:
@@ -313,8 +313,8 @@ class ShardedModel(LanguageModel):
             yield
 
     @contextmanager
-    def resident_block(self, index: int, upto: int | None = None):
-        with self._resident(self._inside[index], upto):
+    def resident_block(self, index: int, pruned_upto: int | None = None):
+        with self._resident(self._inside[index], pruned_upto):
             yield
 
     @contextmanager

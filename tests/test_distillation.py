@@ -16,7 +16,7 @@ from lib.load import load_model
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, rate=3e-3))
+    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, learning_rate=3e-3))
 
 
 def pruned(model: LanguageModel, group: int | None = None) -> LanguageModel:
@@ -72,7 +72,7 @@ def test_training_is_that_of_a_reference(monkeypatch):
         total += float(loss.detach())
         for weight, mask in zip(weights, kept, strict=True):
             weight.grad *= mask
-        adam.param_groups[0]["lr"] = recipe.rate * recipe.factor(place, 4)
+        adam.param_groups[0]["lr"] = recipe.learning_rate * recipe.lr_factor(place, 4)
         adam.step()
     assert means == [pytest.approx(total / tokens.numel(), rel=1e-4)]
     found = [layer.inner[index].weight for layer in hf.model.layers for index in (0, 2)]

@@ -52,7 +52,7 @@ class MetricCache:
         if len(values) == len(self.model.matrices):
             log.info("%s: read from %s", entry, self.folder)
         elif values:
-            log.info("%s: going on after %d of %d matrices", entry, len(values), len(self.model.matrices))
+            log.info("%s: resuming after %d of %d matrices", entry, len(values), len(self.model.matrices))
         return dict(values)
 
     def add(self, matrix: str, values: dict) -> None:

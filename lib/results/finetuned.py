@@ -44,7 +44,7 @@ class TrainingState(Resumable):
         latest = ranks.from_main(self._find)
         self.latest = latest and Path(latest)
         if latest:
-            log.info("going on after %s", self.latest)
+            log.info("resuming after %s", self.latest)
 
     def _find(self) -> str | None:
         self._compare(self.folder / "header.json", "--save_model", self.folder)

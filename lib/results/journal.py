@@ -89,7 +89,7 @@ class Journal(Resumable):
         self.done = len(self._records)
         self.events = [event for record in self._records for event in record["events"]]
         if self.done:
-            log.info("going on after block %d of %d: %s", self.done, len(model.blocks), self._folder)
+            log.info("resuming after block %d of %d: %s", self.done, len(model.blocks), self._folder)
 
     def _find(self) -> dict:
         """On the first rank: where the shards lie, and the records of the blocks that are committed."""
@@ -140,7 +140,7 @@ class Journal(Resumable):
             self._write_non_blocks()
             remove(self._target)
             self._partial.rename(self._target)
-            log.info("checkpoint whole: %s", self._target)
+            log.info("checkpoint complete: %s", self._target)
         ranks.barrier()
         self._where = self._target
         self.use_committed(len(self._model.blocks))
