@@ -142,8 +142,8 @@ class LanguageModel:
 
     @contextmanager
     def resident_block(self, index: int, pruned_upto: int | None = None):
-        """While the block `index` is run or changed; likewise. Of replaced blocks those after `pruned_upto`, if given, are
-        read as they were before, and so is what they share with this one.
+        """While the block `index` is run or changed; likewise. Of replaced blocks those after `pruned_upto`, if given,
+        are read as they were before, and so is what they share with this one.
         """
         yield
 
