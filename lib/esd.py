@@ -14,7 +14,7 @@ from scipy.linalg import LinAlgError, eigvalsh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
-from .errors import one_kind_of_failure
+from .errors import linalg_errors
 
 SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/LOG.md)
 BINS = 100  # of the histogram of log10(eigenvalues), in alpha_peak's definition and in the pictures
@@ -82,7 +82,7 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
         if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
             values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
             return torch.from_numpy(values).clamp_(min=0)
-        with one_kind_of_failure():
+        with linalg_errors():
             return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
     except (LinAlgError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]

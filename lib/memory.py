@@ -26,7 +26,7 @@ def keep_freed_memory(tensors_up_to: int = 32 << 20) -> None:
 
 
 @contextmanager
-def freed_memory_goes_back() -> Iterator[None]:
+def eager_release() -> Iterator[None]:
     """While weights come and others take their place: what is freed of a tensor above 1 MB is the kernel's again at
     once, and leaves no holes between those that stay. They took as much again as a pruned model itself.
     """
@@ -43,7 +43,7 @@ def _mallopt(parameter: int, value: int) -> None:
         mallopt(parameter, value)
 
 
-def return_freed_memory() -> None:
+def trim_heap() -> None:
     """Give the kernel what the C library keeps: small objects that outlive the tensors between them leave gaps in which
     the next ones find no room. Elsewhere than on glibc: nothing.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .errors import RunError, one_kind_of_failure
+from .errors import RunError, linalg_errors
 from .masks import Pattern
 from .model import LanguageModel, Matrix
 from .precision import exact_matmul
@@ -148,7 +148,7 @@ def _prune_matrix(
         note(f"{no_stats if stats is None else 'its input is always zero'}; pruned by magnitude")
         pruner, stats, rows = PRUNERS["magnitude"], None, None
     try:
-        with one_kind_of_failure():
+        with linalg_errors():
             if asymmetry and stats is not None:
                 weight = asymmetric_weights(weight, stats, asymmetry)
             if rows is None:

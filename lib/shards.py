@@ -20,7 +20,7 @@ from . import quantized
 from .activations import Store
 from .checkpoints import PLAIN, headers, opened
 from .errors import RunError
-from .memory import is_finite, return_freed_memory
+from .memory import is_finite, trim_heap
 from .model import LanguageModel, Matrix
 
 ROWS_AT_ONCE = 4096  # of two embeddings that are compared
@@ -304,7 +304,7 @@ class ShardedModel(LanguageModel):
             for name in places:  # one still, though mostly without values
                 for alias in self._names(name):
                     _set(self.model, alias, _get(self.model, name))
-            return_freed_memory()
+            trim_heap()
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..load import Source, choose_device, choose_dtype, find_source, load_config, load_model, open_model
-from ..memory import freed_memory_goes_back
+from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
 from .choice import MIN_SPARSITY, few_tokens
@@ -39,7 +39,7 @@ def sparse_model(
 
     Raises RunError where a model cannot be loaded. What stays dense, and why, is said in the log.
     """
-    with freed_memory_goes_back():
+    with eager_release():
         if isinstance(model, (str, Path)):
             model = find_source(str(model))
         if isinstance(model, Source):
