@@ -41,7 +41,7 @@ def run(config: FinetuneConfig) -> dict:
         calibrated = pruning and pruning["config"].get("seqlen")
         seqlen = config.window(context_length(load_config(source)), calibrated or 2048)
         tokenizer = load_tokenizer(source)
-        wise = _find_teacher(config, tokenizer)
+        teacher_source = _find_teacher(config, tokenizer)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
         tasks = read_tasks(config, tokenizer, events)
         from .train import check_optimiser, train  # the Trainer takes seconds to import
@@ -72,7 +72,7 @@ def run(config: FinetuneConfig) -> dict:
     before = state.cached("before", lambda: measure("before"))
     log.info("before: %s", _said(before))
     with clock("teacher"):
-        teacher = wise and _teach(config, wise, tokenizer, model, windows, batch, state)
+        teacher = teacher_source and _teach(config, teacher_source, tokenizer, model, windows, batch, state)
     with clock("train"):
         student = _student(config, model, teacher)
         if not student.choose_precision(windows[:1]):
