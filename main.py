@@ -3,21 +3,23 @@
 flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices -> perplexity, accuracies -> results
 """
 
+import functools
 import logging
 import sys
 
-from lib import cli, results, tokens, zero_shot
-from lib.analysis import analyze, describe, note, score, weigh_bos
+from lib import cli, results
+from lib.analysis import analyze, describe, note, score
 from lib.config import RunConfig
-from lib.evaluate import perplexity, sparsity_by_matrix
+from lib.evaluate import sparsity_by_matrix
+from lib.evaluator import Evaluator
 from lib.fisher import row_fisher, row_weights
 from lib.gradients import check_differentiable
 from lib.inputs import read_inputs
-from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import carry_out, plan
+from lib.load import context_length, find_source, load_config, load_tokenizer
+from lib.plan import apply_plan, plan
 from lib.stopwatch import Stopwatch
-from lib.storage import settle
-from lib.windows import windows_of_model
+from lib.windows import sampled_windows
+from lib.workspace import open_workspace
 
 log = logging.getLogger("lib.main")
 
@@ -28,7 +30,7 @@ def run(config: RunConfig) -> dict:
     Raises lib.errors.RunError for whatever the user can put right.
     """
     clock, events = Stopwatch(), []
-    if unread := config.without_effect():
+    if unread := config.unused_flags():
         note(events, f"without effect on this run: {', '.join(unread)}")
     results.prepare(config)
     record = (analyze if config.analyze_only else prune)(config, clock, events)
@@ -37,108 +39,51 @@ def run(config: RunConfig) -> dict:
 
 
 def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
-    """Allocate, prune, evaluate, save."""
+    """Load, score, allocate, prune, evaluate, report."""
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
-        seqlen = config.window(window_limit(load_config(source)))
+        seqlen = config.window(context_length(load_config(source)))
         tokenizer = load_tokenizer(source)
-        windows, evaluation, tasks = read_inputs(config, tokenizer, seqlen, events)
-        if config.stream:
-            source = results.as_safetensors(source)
-            model = open_model(source, config.device, config.dtype, tokenizer, config.save_dtype)
-            model.load_rest()
-        else:
-            model = load_model(
-                source, config.device, config.dtype, tokenizer, config.save_dtype,
-                held_tokens=config.streamed_windows * seqlen, copies=config.copies,
-            )  # fmt: skip
-        model.check(config.pattern, windows.calibration, evaluation)
+        inputs = read_inputs(config, tokenizer, seqlen, events)
+        workspace = open_workspace(config, clock, events)
+        model = workspace.load(source, tokenizer, seqlen)
+        model.check(config.pattern, inputs.windows.calibration, inputs.evaluation)
         if config.takes_gradients:
             check_differentiable(model)
-        described, batch = describe(model, events, source), config.batch(seqlen)
-
+        described = describe(model, events, source)
     if config.writes_own_text:
         with clock("sample"):
-            windows = windows_of_model(config, model, seqlen)
-    watched = windows.calibration if evaluation is None else evaluation
-    if watched is not None:
-        log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
-    journal = results.Journal(config, model) if config.stream else None
-    remember = journal.recall if journal else lambda _, make: make()
+            inputs = inputs._replace(windows=sampled_windows(config, model, seqlen))
+    workspace.begin()
+    evaluator = Evaluator(config, inputs, workspace, clock)
+    described |= evaluator.bos(events)
+    evaluator.measure_dense()
 
-    def evaluate(what: str) -> float:
-        with clock("evaluate"):
-            return perplexity(model, evaluation, batch_size=batch, what=f"perplexity, {what}", store=store)
-
-    def accuracies(what: str) -> dict:
-        with clock("zero-shot"):
-            return zero_shot.evaluate(model, tasks, config.batch, store=store, what=f"zero-shot, {what}")
-
-    def record(measured: dict | None = None, accuracy: dict | None = None) -> dict:
-        seconds, searches = clock.seconds(), planned["searches"]
-        return results.build_record(config, described, layers, measured, seconds, events, searches, accuracy)
-
-    store = results.activation_store(config)
-    if watched is not None and config.add_bos == "once":
-        with clock("evaluate"):
-            described["bos"] = weigh_bos(model, watched, events, store, remember)
-    dense = dense_accuracies = measured = accuracy = None
-    if config.eval_dense and evaluation is not None:
-        dense = remember("dense", lambda: evaluate("dense"))
-        log.info("perplexity before pruning: %.4f", dense)
-    if config.eval_dense and tasks:
-        dense_accuracies = remember("zero_shot", lambda: accuracies("dense"))
-
-    scores, portraits = {}, {}
-    if config.scored or config.plot:
-        scores, portraits = score(config, model, clock, events)
-
-    rows = None
+    scores, esds = score(config, model, clock, events) if config.scored or config.plot else ({}, {})
+    rows, windows = None, inputs.windows
     if config.weighs_rows:
         with clock("fisher"):
-            rows = row_weights(row_fisher(model, windows.calibration, store, remember), config.fisher)
+            rows = row_weights(row_fisher(model, windows.calibration, workspace.store, workspace.cached), config.fisher)
 
+    options = {"row_weights": rows, "batch_size": config.batch(seqlen), "store": workspace.store}
     with clock("allocate"):
-        how = {"row_weights": rows, "batch_size": batch, "store": store}
-        planned = remember("plan", lambda: plan(config, model, scores, *windows.of_plan, remember=remember, **how))
-    targets = planned["targets"]
+        allocate = functools.partial(plan, config, model, scores, windows.calibration, windows.held_out)
+        planned = workspace.cached("plan", lambda: allocate(cached=workspace.cached, **options))
     events += planned["events"]
 
-    resumable = {}
-    if journal:
-        journal.reread(journal.done)
-        events += journal.events
-        resumable = {"done": journal.done, "commit": journal.commit}
-    carry_out(config, model, planned, windows, clock=clock, events=events, **how, **resumable)
-    for message in settle(model.rest(), model.saved_as):
-        note(events, message)
-    if journal:
-        journal.finish()
+    apply_plan(config, model, planned, windows, clock=clock, events=events, **options, **workspace.resume())
+    workspace.finish_pruning()
 
     quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
-    layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
-    folder = results.write_run(config, record())  # once now, so that nothing is lost if what follows fails
-    if config.save_model and not journal:
-        with clock("save"):
-            results.save_checkpoint(model, config.save_model, record())
-
-    if evaluation is not None:
-        measured = {
-            "dataset": config.eval_data, "split": "evaluation", "seqlen": seqlen, "windows": len(evaluation),
-            "tokens": evaluation.numel(), "dense": dense, "pruned": evaluate("pruned"),
-        }  # fmt: skip
-        results.write_run(config, record(measured))
-    if tasks:
-        accuracy = zero_shot.record(tasks, dense=dense_accuracies, pruned=accuracies("pruned"))
-    final = record(measured, accuracy)
-    results.write_run(config, final)
-    results.append_result(config, final)
-    if config.plot:
-        results.write_report(folder, final, scores, portraits)
-    if config.save_model:
-        results.describe_checkpoint(config, final)
-    if journal:
-        journal.close()
+    layers = results.layer_records(model, quality, planned["targets"], sparsity_by_matrix(model))
+    record = results.PruningRecord(config, described, layers, planned["searches"], clock, events)
+    record.write()
+    workspace.save(record.build)
+    record.perplexity = evaluator.perplexity()
+    record.write()
+    record.zero_shot = evaluator.zero_shot()
+    final = record.finish(scores, esds)
+    workspace.close()
     return final
 
 

@@ -1,4 +1,4 @@
-"""Where many windows' hidden states, and weights set aside, live: in memory, or past a limit in memory-mapped files."""
+"""Storage of many windows' hidden states and of copied weights: in memory, past a limit in memory-mapped files."""
 
 import os
 import weakref
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import RunError
-from .memory import on_host
+from .memory import copy_to_host
 
 
 @dataclass
@@ -29,15 +29,15 @@ class Store:
             self.limit = psutil.virtual_memory().available // 4
 
     @property
-    def room(self) -> int:
-        """Bytes that memory still has room for."""
+    def available(self) -> int:
+        """Bytes that may still be held in memory."""
         return max(self.limit - self.held, 0)
 
     def fits(self, size: int) -> bool:
-        return size <= self.room
+        return size <= self.available
 
-    def hold(self, size: int, owner: object) -> None:
-        """So many bytes lie in memory for as long as `owner` lives."""
+    def reserve(self, size: int, owner: object) -> None:
+        """Count `size` bytes as used for as long as `owner` lives."""
         self.held += size
         weakref.finalize(owner, self._release, size)
 
@@ -48,12 +48,12 @@ class Store:
         """A copy of the tensor on the host, in memory or in a file."""
         if not self.fits(tensor.nbytes):
             return self.map(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
-        copy = on_host(tensor)
-        self.hold(tensor.nbytes, copy)
+        copy = copy_to_host(tensor)
+        self.reserve(tensor.nbytes, copy)
         return copy
 
     def map(self, size: int, dtype: torch.dtype) -> Tensor:
-        """A tensor of `size` elements whose memory is a file. Raises RunError where the disk has no room for it."""
+        """A memory-mapped tensor of `size` elements. Raises RunError where the disk has no room for it."""
         path = self.folder / f"activations-{os.getpid()}"
         try:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT)) as file:
@@ -94,7 +94,7 @@ class Activations:
             elements = value.numel() * self._count
             size = elements * value.element_size()
             if self._store.fits(size):
-                self._store.hold(size, self)
+                self._store.reserve(size, self)
             else:
                 self._mapped = self._store.map(elements, value.dtype)
         if self._mapped is None:
@@ -105,21 +105,21 @@ class Activations:
         self._batches.append(place.copy_(value))
 
     def _kept(self, value: Tensor) -> Tensor:
-        return value if self._store is None or not value.is_cuda else on_host(value)
+        return value if self._store is None or not value.is_cuda else copy_to_host(value)
 
-    def empty(self) -> "Activations":
-        """A place for other tensors of the same windows."""
+    def new_empty(self) -> "Activations":
+        """An empty container for other tensors of the same windows."""
         return Activations(self._device, self._count, self._store)
 
     def copy(self) -> "Activations":
-        """The same tensors, to go their own way."""
-        other = self.empty()
+        """An independent copy."""
+        other = self.new_empty()
         for index, value in enumerate(self._batches):
             other.put(index, value.clone())
         return other
 
-    def alike(self, tensor: Tensor) -> bool:
-        """Whether a window's tensor has the shape and the type of these."""
+    def same_layout(self, tensor: Tensor) -> bool:
+        """Whether a batch's tensor has the shape, but for the batch size, and the dtype of these."""
         first = self._batches[0]
         return first.shape[1:] == tensor.shape[1:] and first.dtype == tensor.dtype
 

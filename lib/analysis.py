@@ -1,4 +1,4 @@
-"""What a run says and measures of a model before anything is pruned; with --analyze_only that is all."""
+"""Measurements of the dense model: metrics of every matrix (all of --analyze_only), and the effect of BOS."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         model = (load_model if source.gguf else open_model)(source, config.device, "float32")
         described = describe(model, events, source)
-    scores, portraits = score(config, model, clock, events)
+    scores, esds = score(config, model, clock, events)
     layers = [
         {"name": m.name, "block": m.block, "shape": list(m.shape), "scores": {k: v[m.name] for k, v in scores.items()}}
         for m in model.matrices
@@ -34,7 +34,7 @@ def analyze(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     record = results.build_record(config, described, layers, None, clock.seconds(), events)
     folder = results.write_run(config, record)
     if config.plot:
-        results.write_report(folder, record, scores, portraits)
+        results.write_report(folder, record, scores, esds)
     return record
 
 
@@ -53,18 +53,16 @@ def describe(model: LanguageModel, events: list[dict], source: Source) -> dict:
 
 
 def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: list[dict]) -> tuple[dict, dict]:
-    """Every matrix under every metric of the run, and what the pictures show of its spectrum; from the cache what is
-    there.
-    """
-    portraits = {} if config.plot else None
+    """(metric -> matrix -> score, matrix -> ESD for the pictures), cached from run to run."""
+    esds = {} if config.plot else None
     with clock("metric"):
         cache = results.MetricCache(results.metric_folder(config, model), model, events)
-        scores = layer_quality(model, *config.ww_metric, cache=cache, portraits=portraits, events=events)
-    return scores, portraits
+        scores = layer_quality(model, *config.ww_metric, cache=cache, esds=esds, events=events)
+    return scores, esds
 
 
-def weigh_bos(
-    model: LanguageModel, windows: Tensor, events: list[dict], store: Store | None, remember: Callable
+def measure_bos_effect(
+    model: LanguageModel, windows: Tensor, events: list[dict], store: Store | None, cached: Callable
 ) -> dict | None:
     """The `bos` of run.json's `model`: the loss on the last of the windows with BOS in front and without.
 
@@ -73,7 +71,7 @@ def weigh_bos(
     bos = tokens.bos(model.tokenizer)
     if bos is None or bos >= model.model.get_input_embeddings().weight.shape[0] or windows.shape[1] < 4:
         return None
-    losses = remember("bos", lambda: bos_effect(model, windows[-1], bos, store))
+    losses = cached("bos", lambda: bos_effect(model, windows[-1], bos, store))
     begun, bare = losses["loss_with_bos"], losses["loss_without_bos"]
     if not (math.isfinite(begun) and math.isfinite(bare)):
         return None

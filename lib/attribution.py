@@ -1,4 +1,4 @@
-"""Which matrix a change of the loss comes from, when all change at once: integrated gradients over weights."""
+"""Attribution of a change of the loss to the matrices that changed: integrated gradients over weights."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .gradients import visit_gradients
+from .gradients import for_each_gradient
 from .model import LanguageModel, Matrix
 
 
@@ -49,7 +49,7 @@ def attribute(
             found[matrix] = found[matrix].to(gradient.device)
         found[matrix] += (gradient * here[matrix]).sum().double() / predicted
 
-    visit_gradients(model, windows, add, batch_size=batch_size, store=store)
+    for_each_gradient(model, windows, add, batch_size=batch_size, store=store)
     products = torch.stack([product.cpu() for product in found.values()])
-    ranks.add_up(products)
+    ranks.all_reduce(products)
     return dict(zip((matrix.name for matrix in found), products.tolist(), strict=True))

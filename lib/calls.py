@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 Call = tuple[tuple, dict]
 
 
-def share(new, old):
+def share_tensors(new, old):
     """`new` with every tensor that equals its counterpart in `old` replaced by it: batches share their masks.
 
     A GPU is waited for once, however many blocks are called: most are called with the same tensors.

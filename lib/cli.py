@@ -22,7 +22,7 @@ from .errors import RunError
 from .flags import Flags
 from .memory import keep_freed_memory
 
-KEPT, KEPT_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
+FREED_BYTES, FREED_BYTES_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,16 +113,16 @@ def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, ki
     """
     try:
         config = parse(arguments, kind)
-        keep_freed_memory(KEPT_STREAMING if config.in_parts else KEPT)
+        keep_freed_memory(FREED_BYTES_STREAMING if config.in_parts else FREED_BYTES)
         ranks.join(config.device)
-        set_up_logging(config.quiet or not ranks.first())
+        set_up_logging(config.quiet or not ranks.is_main())
         said = run(config)
-        if ranks.first():
+        if ranks.is_main():
             print(said)
         ranks.leave()
     except RunError as error:
-        who = "" if ranks.size() == 1 else f" on rank {ranks.rank()}"
-        if ranks.speaks():
+        who = "" if ranks.world_size() == 1 else f" on rank {ranks.rank()}"
+        if ranks.reports_errors():
             print(f"{kind.command}: error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:

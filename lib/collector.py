@@ -41,23 +41,23 @@ class Collector:
         self._seen: dict[tuple, tuple[Tensor, InputStats]] = {}  # this batch's tensors, kept alive so ids stay unique
 
     @contextmanager
-    def reference(self, twins: dict[nn.Module, nn.Module], whole: bool):
+    def reference(self, dense_modules: dict[nn.Module, nn.Module], whole: bool):
         """While the batch that comes next runs through the dense model's block; through all of it if `whole`.
 
-        twins are that block's modules by those of this one.
+        dense_modules are that block's modules by those of this one.
         """
 
-        def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            again = of_twin[module] in self._dense  # of experts called one by one: which of them, is not known
-            self._dense[of_twin[module]] = None if again else (*args, *kwargs.values())[0]
-            if of_twin[module] is self._last and not whole:
+        def record_input(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            again = pruned_module[module] in self._dense  # of experts called one by one: which of them, is not known
+            self._dense[pruned_module[module]] = None if again else (*args, *kwargs.values())[0]
+            if pruned_module[module] is self._last and not whole:
                 raise StopForward
 
         self._dense.clear()
-        of_twin = {twins[module]: module for module in self._modules}
+        pruned_module = {dense_modules[module]: module for module in self._modules}
         with ExitStack() as stack, suppress(StopForward):
-            for module in of_twin:
-                stack.callback(module.register_forward_pre_hook(remember, with_kwargs=True).remove)
+            for module in pruned_module:
+                stack.callback(module.register_forward_pre_hook(record_input, with_kwargs=True).remove)
             yield
 
     @contextmanager
@@ -79,17 +79,19 @@ class Collector:
             self._last = self._order[-1]
 
     @property
-    def missed(self) -> list[Matrix]:
-        """Linear maps that no pass has called so far."""
+    def not_called(self) -> list[Matrix]:
+        """Matrices of linear maps whose module no pass has called so far."""
         return [matrix for matrix in self._matrices if matrix.expert is None and matrix.module not in self._reached]
 
     @contextmanager
-    def uncalled(self):
-        """While the first batch runs through the block once more, for those of them that are read without a call."""
+    def watch_products(self):
+        """While the first batch runs through the block once more: finds those of `not_called` that are multiplied with
+        all the same.
+        """
         before = set(self.stats)
-        with self._products(self.missed):
+        with self._products(self.not_called):
             yield
-        self._uncalled = [matrix for matrix in self.missed if matrix.name in self.stats.keys() - before]
+        self._uncalled = [matrix for matrix in self.not_called if matrix.name in self.stats.keys() - before]
 
     @contextmanager
     def _products(self, matrices: list[Matrix]):
@@ -107,7 +109,7 @@ class Collector:
         matrices = self._of_module[module]
         rest = (*args, *kwargs.values())[1:]
         paired = {}
-        if dense is not None and keeps_tokens(matrices, rest):
+        if dense is not None and keeps_token_order(matrices, rest):
             paired = dict(matrix_inputs(matrices, (dense, *rest), {}))
         for matrix, x in matrix_inputs(matrices, args, kwargs):
             if x.numel():
@@ -130,7 +132,7 @@ class Collector:
             stats.finish()
         return self.stats
 
-    def reasons(self, block: nn.Module) -> dict[str, str]:
+    def missing_reasons(self, block: nn.Module) -> dict[str, str]:
         """Of every matrix without statistics, why it has none."""
         lists = [held for held in block.modules() if isinstance(held, nn.ModuleList)]
         beside: dict[nn.Module, list[nn.Module]] = {}  # module -> the members of the lists that it is in
@@ -171,7 +173,7 @@ def matrix_inputs(matrices: list[Matrix], args: tuple, kwargs: dict) -> Iterator
     yield from products.found
 
 
-def keeps_tokens(matrices: list[Matrix], rest: tuple) -> bool:
+def keeps_token_order(matrices: list[Matrix], rest: tuple) -> bool:
     """Whether the module of these matrices is called with all tokens in their own order, however they are routed: a
     linear map is, and experts are where the chosen ones come in the `rest` of the call, as integers.
     """

@@ -292,7 +292,7 @@ class RunConfig(Flags):
         """The target S: --sparsity_ratio, or N/M where it is left out."""
         return self.sparsity_ratio if self.sparsity_ratio is not None else Pattern.parse(self.sparsity_type)[1]
 
-    def without_effect(self) -> list[str]:
+    def unused_flags(self) -> list[str]:
         """Flags that were changed from their default but that this run does not read."""
         unread = self.unread()
         return [flag_of(f) for f in fields(self) if f.name in unread and getattr(self, f.name) != f.default]

@@ -70,19 +70,19 @@ def calibration_windows(
     seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
     asked, rng = f"--calib_data {name}", random.Random(seed)
-    corpus, front = find_corpus("--calib_data", name), _front(tokenizer, add_bos)
-    width = seqlen - len(front)
-    with texts.reading(asked):
+    corpus, prefix = find_corpus("--calib_data", name), _prefix(tokenizer, add_bos)
+    width = seqlen - len(prefix)
+    with texts.read_errors(asked):
         rows = corpus.rows("calibration", cache_dir)
     if corpus.by_document:
 
         def encode(row: Row) -> Tensor:
-            return tokens.encode(tokenizer, _text(asked, tokenizer, row, add_bos), special=not len(front))
+            return tokens.encode(tokenizer, _text(asked, tokenizer, row, add_bos), special=not len(prefix))
 
         draw = functools.partial(_in_long_document, asked, rows, encode, width, rng)
     else:
         text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
-        found = tokens.encode(tokenizer, text, special=not len(front))
+        found = tokens.encode(tokenizer, text, special=not len(prefix))
         if len(found) <= width:
             raise RunError(f"{asked}: has {len(found)} tokens, not more than one window of --seqlen {seqlen}")
 
@@ -90,14 +90,14 @@ def calibration_windows(
             start = rng.randint(0, len(found) - width - 1)
             return 0, start, found[start : start + width]
 
-    def apart(window: tuple[int, int, Tensor], others: list[tuple[int, int, Tensor]]) -> bool:
+    def disjoint(window: tuple[int, int, Tensor], others: list[tuple[int, int, Tensor]]) -> bool:
         return all(window[0] != document or abs(window[1] - start) >= width for document, start, _ in others)
 
     drawn = [draw() for _ in range(nsamples)]
     for _ in range(DRAWS):
         if len(drawn) == nsamples + held_out:
             break
-        if apart(window := draw(), drawn):
+        if disjoint(window := draw(), drawn):
             drawn.append(window)
     else:
         raise RunError(
@@ -108,17 +108,17 @@ def calibration_windows(
     for number in range(further):
         chosen = drawn[number % nsamples]  # where nothing else is found
         for window in (draw() for _ in range(TRIES)):
-            if apart(window, drawn):
+            if disjoint(window, drawn):
                 chosen = window
                 break
-            if apart(window, reserved):
+            if disjoint(window, reserved):
                 chosen = window
         else:
             overlapping += 1
         drawn.append(chosen)
     if overlapping:
         log.warning("%s: is short: %d of the windows that recovery trains on overlap others", asked, overlapping)
-    return torch.stack([torch.cat([front, window]) for _, _, window in drawn])
+    return torch.stack([torch.cat([prefix, window]) for _, _, window in drawn])
 
 
 def evaluation_windows(
@@ -137,19 +137,19 @@ def evaluation_windows(
     RunError where there are fewer windows than asked for, or none.
     """
     asked = f"--eval_data {name}"
-    corpus, front = find_corpus("--eval_data", name), _front(tokenizer, add_bos)
-    width = seqlen - len(front)
-    with texts.reading(asked):
+    corpus, prefix = find_corpus("--eval_data", name), _prefix(tokenizer, add_bos)
+    width = seqlen - len(prefix)
+    with texts.read_errors(asked):
         rows = corpus.rows("evaluation", cache_dir)
     text = _joined(asked, tokenizer, rows, corpus.evaluation_join, add_bos)
-    found = tokens.encode(tokenizer, text, special=not len(front))
+    found = tokens.encode(tokenizer, text, special=not len(prefix))
     count = min(len(found) // width, corpus.evaluation_windows or len(found))
     if count == 0:
         raise RunError(f"{asked}: has {len(found)} tokens, less than one window of --seqlen {seqlen}")
     if limit is not None and limit > count:
         raise RunError(f"--eval_windows {limit}: {asked} has only {count} windows of {seqlen} tokens")
     windows = found[: count * width].view(count, width)[:limit]
-    return torch.cat([front.expand(len(windows), -1), windows], dim=1)
+    return torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
 
 
 def training_windows(
@@ -160,8 +160,8 @@ def training_windows(
     held_out: int,
     seqlen: int,
     seed: int,
-    apart: Tensor | None = None,
-    most: int = 1024,
+    exclude: Tensor | None = None,
+    max_windows: int = 1024,
     add_bos: str = "once",
     cache_dir: str = "llm_weights",
 ) -> tuple[Tensor, Tensor]:
@@ -169,25 +169,25 @@ def training_windows(
 
     The corpus of calibration is joined, tokenised once and cut into whole windows, so that no two have a token in
     common; of c4 its documents in random order, each tokenised on its own, as many as are needed. Windows that have RUN
-    tokens in a row in common with any of `apart` (n, seqlen) are left out. Which are held out, and the order of the
-    others, is random by the seed. `nsamples` None takes all that there are, `most` at the most. Raises RunError where
-    there are fewer than asked for.
+    tokens in a row in common with any of `exclude` (n, seqlen) are left out. Which are held out, and the order of the
+    others, is random by the seed. With `nsamples` None all windows are taken, at most `max_windows`. Raises RunError
+    where there are fewer than asked for.
     """
     asked, rng = f"--data {name}", random.Random(seed)
-    corpus, front = find_corpus("--data", name), _front(tokenizer, add_bos)
-    width, wanted = seqlen - len(front), held_out + (nsamples or most)
-    with texts.reading(asked):
+    corpus, prefix = find_corpus("--data", name), _prefix(tokenizer, add_bos)
+    width, wanted = seqlen - len(prefix), held_out + (nsamples or max_windows)
+    with texts.read_errors(asked):
         rows = corpus.rows("training", cache_dir)
     if corpus.by_document:
         order = rng.sample(range(len(rows)), len(rows))
         documents = (
-            tokens.encode(tokenizer, _document(asked, tokenizer, rows, i, add_bos), not len(front)) for i in order
+            tokens.encode(tokenizer, _document(asked, tokenizer, rows, i, add_bos), not len(prefix)) for i in order
         )
     else:
         text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
-        documents = iter([tokens.encode(tokenizer, text, special=not len(front))])
+        documents = iter([tokens.encode(tokenizer, text, special=not len(prefix))])
     windows, rest, shared = torch.empty(0, width, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0
-    known = None if apart is None else _runs(apart[:, len(front) :]).unique()
+    known = None if exclude is None else _runs(exclude[:, len(prefix) :]).unique()
     for found in documents:
         rest = torch.cat([rest, found])
         if len(rest) < width:
@@ -207,7 +207,7 @@ def training_windows(
             "--validation_windows; ask for fewer, or lower --seqlen"
         )
     windows = windows[rng.sample(range(len(windows)), len(windows))][:wanted]
-    windows = torch.cat([front.expand(len(windows), -1), windows], dim=1)
+    windows = torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
     return windows[held_out:], windows[:held_out]
 
 
@@ -226,12 +226,12 @@ def find_corpus(flag: str, name: str) -> Corpus:
     if name in CORPORA:
         return CORPORA[name]
     path = Path(bare := name.removeprefix(SHARD)).expanduser()
-    if (bare and path.is_dir()) or texts.form(path):
+    if (bare and path.is_dir()) or texts.file_format(path):
         if not path.exists():
             raise RunError(f"{flag} {name}: no such file")
         asked = f"{flag} {name}"
         if name.startswith(SHARD):
-            if texts.form(path) == ".txt":
+            if texts.file_format(path) == ".txt":
                 raise RunError(f"{asked}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
             return _c4(lambda split, _: (asked, path))
         # A .txt is one row and so used verbatim, whatever would join it.
@@ -245,12 +245,12 @@ def find_corpus(flag: str, name: str) -> Corpus:
     )
 
 
-def _front(tokenizer, add_bos: str) -> Tensor:
+def _prefix(tokenizer, add_bos: str) -> Tensor:
     """What every window begins with: BOS or nothing."""
-    return torch.tensor([every_begins_with(tokenizer)] if add_bos == "every" else [], dtype=torch.int64)
+    return torch.tensor([required_bos(tokenizer)] if add_bos == "every" else [], dtype=torch.int64)
 
 
-def every_begins_with(tokenizer) -> int:
+def required_bos(tokenizer) -> int:
     """The BOS of --add_bos every. Raises RunError where the tokenizer has none."""
     bos = tokens.bos(tokenizer)
     if bos is None:
@@ -259,7 +259,7 @@ def every_begins_with(tokenizer) -> int:
 
 
 def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str) -> str:
-    with texts.reading(asked):
+    with texts.read_errors(asked):
         rows = list(rows)
     text = join.join(_text(asked, tokenizer, row, add_bos) for row in rows)
     if not text:
@@ -268,7 +268,7 @@ def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str)
 
 
 def _document(asked: str, tokenizer, rows: Sequence[Row], number: int, add_bos: str) -> str:
-    with texts.reading(asked):
+    with texts.read_errors(asked):
         row = rows[number]
     return _text(asked, tokenizer, row, add_bos)
 
@@ -285,7 +285,7 @@ def _text(asked: str, tokenizer, row: Row, add_bos: str) -> str:
         reason = reason_of(error)
         raise RunError(f"{asked}: a row does not fit the tokenizer's chat template ({reason})") from error
     # The template's own BOS would be a second one.
-    begun = add_bos == "every" or tokens.beginning(tokenizer)
+    begun = add_bos == "every" or tokens.prefix(tokenizer)
     return text.removeprefix(tokenizer.bos_token or "") if begun else text
 
 
@@ -319,7 +319,7 @@ def _c4(shard: Callable[[str, str], tuple[str, Path]]) -> Corpus:
 
     def rows(split: str, cache_dir: str) -> Sequence[Row]:
         if split != "evaluation":
-            return texts.numbered(*shard(split, cache_dir), PARTS[split])
+            return texts.indexed_rows(*shard(split, cache_dir), PARTS[split])
         return list(itertools.islice(texts.rows(*shard(split, cache_dir), PARTS[split]), C4_EVALUATED))
 
     return Corpus(rows, evaluation_join=" ", by_document=True, evaluation_windows=C4_WINDOWS)
@@ -351,7 +351,7 @@ def _in_long_document(
         raise RunError(f"{asked}: is empty")
     for _ in range(C4_MISSES):
         document = rng.randint(0, len(rows) - 1)
-        with texts.reading(asked):
+        with texts.read_errors(asked):
             row = rows[document]
         found = encode(row)
         if len(found) > width:

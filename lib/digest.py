@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .esd import as_published
-from .memory import on_host
+from .esd import published_precision
+from .memory import copy_to_host
 from .progress import progress
 
 THREADS = min(8, os.cpu_count() or 1)  # each hashes 1.4 GB/s, where a GPU hands over 50
@@ -23,20 +23,20 @@ def digest(model) -> str:
     A few matrices are hashed at a time, beside the reading of the next; `model` is a LanguageModel.
     """
     groups, found = list(model.groups()), {}
-    owners = ranks.deal([sum(matrix.size for matrix in group) for group in groups])
-    mine = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
+    owners = ranks.balance([sum(matrix.size for matrix in group) for group in groups])
+    share = [group for group, owner in zip(groups, owners, strict=True) if owner == ranks.rank()]
     under_way: deque = deque()
     with ThreadPoolExecutor(THREADS) as pool:
-        for group in progress(mine, "reading weights", "tensor"):
+        for group in progress(share, "reading weights", "tensor"):
             with model.resident(group):
                 for matrix in group:
                     if len(under_way) == THREADS:
                         name, hashed = under_way.popleft()
                         found[name] = hashed.result()
-                    weight = on_host(as_published(matrix.weight).contiguous())
+                    weight = copy_to_host(published_precision(matrix.weight).contiguous())
                     under_way.append((matrix.name, pool.submit(_hash, matrix.name, weight)))
         found |= {name: hashed.result() for name, hashed in under_way}
-    for others in ranks.gather(found):
+    for others in ranks.all_gather(found):
         found |= others
     return hashlib.sha256(b"".join(found[matrix.name] for matrix in model.matrices)).hexdigest()
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from . import ranks
 from .evaluate import logits_in_parts
-from .gradients import frugal
+from .gradients import gradient_checkpointing
 from .model import LanguageModel
 from .precision import mixed_precision, passing
 from .progress import progress
@@ -25,11 +25,12 @@ from .training import Recipe, train
 
 log = logging.getLogger(__name__)
 
-KEPT = 32  # probabilities of a token that are told apart
-LEAST = -100.0  # of a log-probability: of one that is 0 there is no product with 0
+TOP_K = 32  # probabilities of a token that are told apart
+MIN_LOG_PROB = -100.0  # of a log-probability: of one that is 0 there is no product with 0
 AT_ONCE = 2**21  # logits whose divergence is computed together: in float32 they stay in a CPU's caches
 
-RECIPE = Recipe(epochs=1, windows=2, rate=2e-4, floor=0.1, warm_up=8)  # the better of two rates on windows held out
+# The better of two learning rates on held-out windows.
+RECIPE = Recipe(epochs=1, windows=2, learning_rate=2e-4, min_lr_ratio=0.1, warmup_steps=8)
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Targets:
     """What the dense model says of this rank's windows, on the host.
 
     windows    (n, S) token ids
-    ids        (n, S, KEPT) int32, the tokens that it takes to be the likeliest to follow each
-    log_probs  (n, S, KEPT + 1) float32, their log-probabilities in nats, and last that of all others together
+    ids        (n, S, TOP_K) int32, the tokens that it takes to be the likeliest to follow each
+    log_probs  (n, S, TOP_K + 1) float32, their log-probabilities in nats, and last that of all others together
     """
 
     windows: Tensor
@@ -53,20 +54,20 @@ def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1)
     A model in float32 is passed in bfloat16 where the processor multiplies in it, as it is in training: that moves its
     distribution by less than a thousandth of a nat (docs/log.md).
     """
-    mine, found = ranks.mine(windows), []
+    shard, found = ranks.shard(windows), []
     exact = model.model.dtype != torch.float32
     mixed = nullcontext if exact else partial(mixed_precision, torch.float32, model.device.type)
-    passes, _ = passing(mixed, lambda: model.own_logits(windows[:1]))
-    with passes(), progress(None, "dense model", "window", total=len(mine)) as bar:
-        for tokens, hidden in last_hidden_states(model, mine, batch_size):
+    passes, _ = passing(mixed, lambda: model.forward_logits(windows[:1]))
+    with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
+        for tokens, hidden in last_hidden_states(model, shard, batch_size):
             parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
             found.append([torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
-    return Targets(mine, *(torch.cat(kind) for kind in zip(*found, strict=True)))
+    return Targets(shard, *(torch.cat(kind) for kind in zip(*found, strict=True)))
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = logits.topk(min(KEPT, logits.shape[-1] - 1)).indices
+    ids = logits.topk(min(TOP_K, logits.shape[-1] - 1)).indices
     return ids.int().cpu(), log_probabilities(logits, ids).cpu()
 
 
@@ -75,7 +76,7 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     (..., K + 1), float32.
     """
     told_apart, total = _grouped(logits.float(), ids)
-    return (told_apart - total).clamp(min=LEAST)
+    return (told_apart - total).clamp(min=MIN_LOG_PROB)
 
 
 def _grouped(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ class Divergence(torch.autograd.Function):
         found, totals = zip(*(_grouped(part.float(), ids[at]) for at, part in _few(logits)), strict=True)
         told_apart, total = torch.cat(found), torch.cat(totals)
         ctx.save_for_backward(logits, ids, wanted, total, told_apart)
-        return F.kl_div((told_apart - total).clamp(min=LEAST), wanted, reduction="sum", log_target=True)
+        return F.kl_div((told_apart - total).clamp(min=MIN_LOG_PROB), wanted, reduction="sum", log_target=True)
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor, None, None]:
@@ -132,19 +133,19 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
     """
     batch_size = RECIPE.batch(batch_size)
     windows, ids, wanted = (kind.split(batch_size) for kind in (targets.windows, targets.ids, targets.log_probs))
-    tokens = sum(ranks.gather(targets.windows.numel()))
+    tokens = sum(ranks.all_gather(targets.windows.numel()))
 
     def loss(batch: int) -> Tensor:
-        logits = model.own_logits(windows[batch]).flatten(0, 1)
+        logits = model.forward_logits(windows[batch]).flatten(0, 1)
         told_apart = ids[batch].to(logits.device, torch.int64).flatten(0, 1)
         bar.update(len(windows[batch]))
         return Divergence.apply(logits, told_apart, wanted[batch].to(logits.device).flatten(0, 1))
 
     passes = RECIPE.epochs * len(targets.windows) + len(windows[0])  # the first on trial
-    with frugal(model), progress(None, "recovery", "window", total=passes) as bar:
+    with gradient_checkpointing(model), progress(None, "recovery", "window", total=passes) as bar:
         trained = {matrix.stored for matrix in model.matrices}
-        others = [parameter for parameter in model.model.parameters() if parameter not in trained]
-        totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, others)
+        frozen = [parameter for parameter in model.model.parameters() if parameter not in trained]
+        totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, frozen)
     means = [total / tokens for total in totals]
     log.info("divergence from the dense model: %s nats a token", ", ".join(f"{mean:.4f}" for mean in means))
     return means

@@ -20,7 +20,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def one_kind_of_failure() -> Iterator[None]:
+def linalg_errors() -> Iterator[None]:
     """What cuSOLVER fails at, of which torch makes a plain RuntimeError, is a torch.linalg.LinAlgError as on a CPU."""
     try:
         yield

@@ -14,7 +14,7 @@ from scipy.linalg import LinAlgError, eigvalsh
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
-from .errors import one_kind_of_failure
+from .errors import linalg_errors
 
 SCIPY_UP_TO = 2560  # rows of a Gram matrix up to which scipy's LAPACK is faster than torch's (docs/log.md)
 BINS = 100  # of the histogram of log10(eigenvalues), in alpha_peak's definition and in the pictures
@@ -35,7 +35,7 @@ class Fit:
     ks: float
 
 
-def as_published(weight: Tensor) -> Tensor:
+def published_precision(weight: Tensor) -> Tensor:
     """The weights as the published estimator reads them: in float16.
 
     The histogram behind alpha_peak is sensitive to the last bits (two bins of nearly equal count), so this is
@@ -82,7 +82,7 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
         if gram.device.type == "cpu" and len(gram) <= SCIPY_UP_TO:
             values = eigvalsh(gram.numpy().T, lower=False, driver="evd", overwrite_a=True, check_finite=False)
             return torch.from_numpy(values).clamp_(min=0)
-        with one_kind_of_failure():
+        with linalg_errors():
             return torch.linalg.eigvalsh(gram, UPLO="L").clamp_(min=0).cpu()
     except (LinAlgError, torch.linalg.LinAlgError) as error:
         reason = str(error).splitlines()[0]
@@ -96,7 +96,7 @@ class Spectrum:
         self.weight = weight
 
     @classmethod
-    def of(cls, values: Tensor) -> "Spectrum":
+    def from_eigenvalues(cls, values: Tensor) -> "Spectrum":
         """A spectrum of given eigenvalues (N,), in any order: pooled ones, or drawn from a known law."""
         spectrum = cls(torch.empty(0, 0))
         spectrum.__dict__["values"] = values.double().sort().values

@@ -31,12 +31,12 @@ def perplexity(
     windows (windows, seqlen) token ids, of which each rank takes its share. Logits exist for a chunk of positions at a
     time, never for a window. Raises RunError where the result is not finite.
     """
-    total, mine = torch.zeros(1, dtype=torch.float64), ranks.mine(windows)
-    with progress(None, what, "window", total=len(mine)) as bar:
-        for tokens, hidden in last_hidden_states(model, mine, batch_size, store):
+    total, shard = torch.zeros(1, dtype=torch.float64), ranks.shard(windows)
+    with progress(None, what, "window", total=len(shard)) as bar:
+        for tokens, hidden in last_hidden_states(model, shard, batch_size, store):
             total += _losses(model, tokens, hidden).sum()
             bar.update(len(tokens))
-    ranks.add_up(total)
+    ranks.all_reduce(total)
     mean = float(total) / (windows.shape[0] * (windows.shape[1] - 1))
     if not mean < 700:  # beyond what exp can take, or NaN
         raise RunError(f"{what}: the model's mean loss is {mean:g} nats a token; try --dtype float32 or bfloat16")

@@ -29,13 +29,13 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D))
 
 
-def is_dense_by_nature(module: nn.Module) -> bool:
+def never_prunable(module: nn.Module) -> bool:
     """Embeddings, norms and convolutions."""
     convolution = isinstance(module, nn.modules.conv._ConvNd)
     return convolution or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
 
 
-def wide(module: nn.Module) -> Parameters:
+def matrix_parameters(module: nn.Module) -> Parameters:
     """The module's own parameters of two or more dimensions (lengths of one do not count), without biases."""
     return [
         (name, parameter)
@@ -74,7 +74,7 @@ class Mixtures:
         if self.routers:
             inside = {module for holder in experts for module in holder.modules()}
             outside = [m for m in block.modules() if is_linear(m) and m not in inside]
-            self.routers |= {m.weight for m in outside if _ends(m)[1] == 1}  # gates of shared experts
+            self.routers |= {m.weight for m in outside if _in_out(m)[1] == 1}  # gates of shared experts
 
     def _stacks_of(self, module: nn.Module) -> list[Stack]:
         if is_linear(module):
@@ -82,7 +82,7 @@ class Mixtures:
             if type(module).forward in (nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward) or not counts:
                 return []
             return [Stack("weight", count, False) for count in counts[:1] if len(module.weight) % count == 0]
-        if is_dense_by_nature(module) or not (own := wide(module)):
+        if never_prunable(module) or not (own := matrix_parameters(module)):
             return []
         counts = _counts(module, "expert")
         deep = [(name, p) for name, p in own if p.dim() == 3 and len(p) > 1 and min(p.shape[1:]) > 1]
@@ -94,12 +94,12 @@ class Mixtures:
                 turned = [module.is_transposed] * len(deep)
             else:
                 routers = self._routers_of(module, {module: len(deep[0][1])})
-                turned = _turned([tuple(p.shape[1:]) for _, p in deep], routers)
+                turned = _transposed([tuple(p.shape[1:]) for _, p in deep], routers)
             return [Stack(name, len(p), turn) for (name, p), turn in zip(deep, turned, strict=True)]
         for count in counts:
             flat = [(name, p) for name, p in own if len(p) % count == 0 and len(p) > count]
             if len(flat) == len(own) and (routers := self._routers_of(module, {module: count})):
-                turned = _turned([(len(p) // count, p.shape[1]) for _, p in flat], routers)
+                turned = _transposed([(len(p) // count, p.shape[1]) for _, p in flat], routers)
                 return [Stack(name, count, turn) for (name, _), turn in zip(flat, turned, strict=True)]
         return []
 
@@ -118,17 +118,17 @@ class Mixtures:
             found: set[nn.Parameter] = set()
             if not is_linear(beside) and (own or beside is not holder):
                 stacked = {stack.parameter for stack in self.stacks.get(beside, ())}
-                single = [p for name, p in wide(beside) if name not in stacked and p.dim() == 2]
+                single = [p for name, p in matrix_parameters(beside) if name not in stacked and p.dim() == 2]
                 found |= {p for p in single if {*p.shape} & outputs and p.shape[0] != p.shape[1]}
             for child in beside.children():
                 modules = list(child.modules())
                 if not inside & set(modules):
-                    matrices = [(m, p) for m in modules if not is_dense_by_nature(m) for _, p in wide(m)]
+                    matrices = [(m, p) for m in modules if not never_prunable(m) for _, p in matrix_parameters(m)]
                     if not matrices or any(p.dim() != 2 for _, p in matrices):
                         continue
                     (first, p), (last, q) = matrices[0], matrices[-1]
-                    read = _ends(first)[0] if is_linear(first) else max(p.shape)
-                    given = {_ends(last)[1]} if is_linear(last) else {*q.shape}
+                    read = _in_out(first)[0] if is_linear(first) else max(p.shape)
+                    given = {_in_out(last)[1]} if is_linear(last) else {*q.shape}
                     if given & outputs - {read}:  # what gives as many as it reads may be any matrix
                         found |= {p for _, p in matrices}
             if found:
@@ -157,7 +157,7 @@ def _counts(module: nn.Module, what: str) -> list[int]:
     return sorted({v for k, v in vars(module).items() if what in k and type(v) is int and v > 1}, reverse=True)
 
 
-def _turned(shapes: list[tuple[int, int]], routers: set[nn.Parameter]) -> list[bool]:
+def _transposed(shapes: list[tuple[int, int]], routers: set[nn.Parameter]) -> list[bool]:
     """For the matrices of one expert, as stored and in order, whether each is (in, out) rather than (out, in).
 
     What the first reads is what one of the others writes and what the routers read, and what that one reads is what the
@@ -174,7 +174,7 @@ def _turned(shapes: list[tuple[int, int]], routers: set[nn.Parameter]) -> list[b
     return [False] * len(shapes)
 
 
-def _ends(linear: nn.Module) -> tuple[int, int]:
+def _in_out(linear: nn.Module) -> tuple[int, int]:
     """How many numbers a linear map reads and how many it gives."""
     shape = tuple(linear.weight.shape)
     return shape[::-1] if isinstance(linear, nn.Linear) else shape

@@ -1,4 +1,4 @@
-"""What an output of a matrix matters to the loss: the empirical Fisher information of the weights that make it."""
+"""Empirical Fisher information of a matrix's rows: how much each output matters to the loss."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .gradients import visit_gradients
+from .gradients import for_each_gradient
 from .model import LanguageModel, Matrix
 
-LEAST = 1e-6  # of the mean: what an output is taken to matter at least
+MIN_FISHER = 1e-6  # of the mean: what an output is taken to matter at least
 
 
 def row_fisher(
     model: LanguageModel,
     windows: Tensor,
     store: Store | None = None,
-    remember: Callable[[str, Callable], dict] = lambda _, measure: measure(),
+    cached: Callable[[str, Callable], dict] = lambda _, measure: measure(),
 ) -> dict[str, Tensor]:
     """matrix name -> (out,) mean over the windows and the row's weights of the squared gradient of a window's loss.
 
     windows (n, seqlen) token ids, of which each rank takes its share; `store` takes what a streamed model's gradients
-    need (lib/gradients.py), and `remember(key, measure)` gives `measure()` or what it was before. The diagonal of the
+    need (lib/gradients.py), and `cached(key, measure)` gives `measure()` or what it was before. The diagonal of the
     empirical Fisher information averaged over rows (Kronecker-factored pruning, as in the LLM Surgeon, van der Ouderaa
     et al., ICLR 2024, arXiv 2312.17244, keeps more of it).
     """
@@ -34,12 +34,12 @@ def row_fisher(
         found[matrix.name] += gradient.float().square().mean(1) / len(windows)
 
     def measure() -> dict[str, list[float]]:
-        visit_gradients(model, windows, add, store=store)
+        for_each_gradient(model, windows, add, store=store)
         for matrix in model.matrices:  # an expert may have had no token
-            ranks.add_up(found.setdefault(matrix.name, torch.zeros(matrix.shape[0], device=model.device)))
+            ranks.all_reduce(found.setdefault(matrix.name, torch.zeros(matrix.shape[0], device=model.device)))
         return {matrix.name: found[matrix.name].tolist() for matrix in model.matrices}
 
-    return {name: torch.tensor(rows) for name, rows in remember("fisher", measure).items()}
+    return {name: torch.tensor(rows) for name, rows in cached("fisher", measure).items()}
 
 
 def row_weights(fisher: Mapping[str, Tensor], power: float) -> dict[str, Tensor]:
@@ -48,6 +48,6 @@ def row_weights(fisher: Mapping[str, Tensor], power: float) -> dict[str, Tensor]
     A matrix that no loss depends on (an expert without a token) weighs all its outputs alike.
     """
     return {
-        name: (f / f.mean()).clamp(min=LEAST).pow(power / 2) if f.any() else torch.ones_like(f)
+        name: (f / f.mean()).clamp(min=MIN_FISHER).pow(power / 2) if f.any() else torch.ones_like(f)
         for name, f in fisher.items()
     }

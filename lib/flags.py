@@ -96,14 +96,14 @@ class Flags:
         """Fields that this run does not read."""
         return set()
 
-    def deciding(self) -> dict:
+    def result_flags(self) -> dict:
         """The flags that decide a run's result."""
-        deciding = {name: value for name, value in asdict(self).items() if name not in self.apart}
+        flags = {name: value for name, value in asdict(self).items() if name not in self.apart}
         if Path(self.model).exists():
-            deciding["model"] = str(Path(self.model).resolve())
-        return deciding
+            flags["model"] = str(Path(self.model).resolve())
+        return flags
 
     @property
     def digest(self) -> str:
         """Of the flags that decide the result: the end of the run's name."""
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(self.result_flags(), sort_keys=True).encode()).hexdigest()[:8]

@@ -14,8 +14,8 @@ from . import ranks
 from .activations import Activations, Store
 from .blocks import replaced_forward
 from .errors import RunError
-from .model import FEW, LanguageModel, Matrix
-from .precision import mixed_precision, passing
+from .model import PROBE_LENGTH, LanguageModel, Matrix
+from .precision import choose_autocast, mixed_precision
 from .progress import progress
 from .route import Leaf
 from .stream import ENTRY, Stream
@@ -25,7 +25,7 @@ Visit = Callable[[Matrix, Tensor], None]
 Given = Callable[[Leaf, int], Tensor | None]
 
 
-def visit_gradients(
+def for_each_gradient(
     model: LanguageModel, windows: Tensor, visit: Visit, *, batch_size: int = 1, store: Store | None = None
 ) -> None:
     """Call `visit(matrix, gradient)`, (out, in), of every matrix that a batch's loss depends on, batch by batch.
@@ -36,21 +36,21 @@ def visit_gradients(
     block: forward, what each block gives being held in `store`, and then back.
     """
     check_differentiable(model)
-    mine = ranks.mine(windows)
+    shard = ranks.shard(windows)
     if model.device.type == "cuda":
         batch_size = 1
     if model.streamed:
-        _block_by_block(model, mine, visit, batch_size, store)
+        _block_by_block(model, shard, visit, batch_size, store)
         return
-    passes, _ = _passing(model, lambda: model.hidden_states(mine[:1, :FEW]))
+    passes, _ = _choose_autocast(model, lambda: model.hidden_states(shard[:1, :PROBE_LENGTH]))
     with ExitStack() as stack:
         stack.enter_context(_asked(model.matrices, visit))
-        stack.enter_context(frugal(model))
-        with progress(None, "gradients", "window", total=len(mine)) as bar:
-            for batch in mine.split(batch_size):
+        stack.enter_context(gradient_checkpointing(model))
+        with progress(None, "gradients", "window", total=len(shard)) as bar:
+            for batch in shard.split(batch_size):
                 tokens = batch.to(model.device)
                 with torch.enable_grad(), passes():
-                    loss = _loss(model.own_logits(tokens), tokens)
+                    loss = _loss(model.forward_logits(tokens), tokens)
                 loss.backward()
                 bar.update(len(tokens))
 
@@ -90,7 +90,7 @@ def _asked(matrices: Iterable[Matrix], visit: Visit) -> Iterator[None]:
 
 
 @contextmanager
-def frugal(model: LanguageModel) -> Iterator[None]:
+def gradient_checkpointing(model: LanguageModel) -> Iterator[None]:
     """While passes forth and back go through the model: of each block a GPU keeps its input only, and computes it again
     on the way back.
     """
@@ -101,12 +101,12 @@ def frugal(model: LanguageModel) -> Iterator[None]:
         yield
 
 
-def _passing(model: LanguageModel, first: Callable[[], T]) -> tuple[Callable[[], AbstractContextManager], T]:
+def _choose_autocast(model: LanguageModel, first: Callable[[], T]) -> tuple[Callable[[], AbstractContextManager], T]:
     """In what precision passes are run, and what the `first` one gives.
 
     Raises RunError for a float16 model whose code bears no mixed precision: its gradients have no range without.
     """
-    passes, found = passing(functools.partial(mixed_precision, model.model.dtype, model.device.type), first)
+    passes, found = choose_autocast(functools.partial(mixed_precision, model.model.dtype, model.device.type), first)
     if passes is nullcontext and model.model.dtype == torch.float16:
         raise RunError(f"--model {model.name}: its gradients have no range in float16; try --dtype bfloat16 or float32")
     return passes, found
@@ -119,7 +119,8 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_size: int, store: Store | None) -> None:
-    passes, stream = _passing(model, lambda: Stream(model, windows, min(batch_size, len(windows)), store, keep=True))
+    batch_size = min(batch_size, len(windows))
+    passes, stream = _choose_autocast(model, lambda: Stream(model, windows, batch_size, store, keep=True))
     for block in stream.visits:
         if stream.visits.count(block) > 1:
             raise _used_again(model, model.block_names[block])
@@ -133,7 +134,7 @@ def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_s
         with model.resident_block(block), _asked(model.matrices_of(block), visit):
             for batch in range(len(stream)):
                 back.through(number, batch)
-        back.forget(number)
+        back.release(number)
 
 
 class _Back:
@@ -150,7 +151,7 @@ class _Back:
         tokens = self._stream.batches[batch].to(model.device)
 
         def loss(given: Given) -> list[tuple[Tensor, Tensor | None]]:
-            _, logits = route.calls(model, tokens, lambda leaf: given(leaf, batch), run=model.own_logits)
+            _, logits = route.calls(model, tokens, lambda leaf: given(leaf, batch), run=model.forward_logits)
             return [(_loss(logits, tokens), None)]
 
         self._take(batch, loss)
@@ -166,10 +167,10 @@ class _Back:
 
         self._take(batch, outputs)
 
-    def forget(self, visit: int) -> None:
+    def release(self, visit: int) -> None:
         """Let go of what the visit gave and of its gradients: those before it do not read them."""
         self._gradients = {leaf: held for leaf, held in self._gradients.items() if leaf[0] != visit}
-        self._stream.forget(visit)
+        self._stream.release(visit)
 
     def _take(self, batch: int, forward: Callable[[Given], list[tuple[Tensor, Tensor | None]]]) -> None:
         """The gradients of one batch from what `forward` returns, a gradient with each, to what it was given."""
@@ -194,7 +195,7 @@ class _Back:
         for leaf, value in asked.items():
             if value.grad is None:  # as of all but the last block's output, where the loss is computed
                 continue
-            held = self._gradients.setdefault(leaf, self._stream.hidden.empty())
+            held = self._gradients.setdefault(leaf, self._stream.hidden.new_empty())
             while len(held) < batch:  # of batches that did not depend on it
                 held.put(len(held), torch.zeros_like(self._stream.given(leaf, len(held))))
             held.put(batch, value.grad if batch == len(held) else held[batch] + value.grad)

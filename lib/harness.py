@@ -85,13 +85,13 @@ class HarnessModel(HFLM):
             raise RunError("--stream: a streamed model gives log-likelihoods and generates no text")
         self.batch_size_per_gpu = self._batch(self.max_length)
         try:
-            mine = requests[ranks.rank() :: ranks.size()]
-            parts = ranks.gather(super().generate_until(mine, disable_tqdm=True) if mine else [])
+            share = requests[ranks.rank() :: ranks.world_size()]
+            parts = ranks.all_gather(super().generate_until(share, disable_tqdm=True) if share else [])
         finally:
             self.batch_size_per_gpu = "auto"
         answers: list = [None] * len(requests)
         for rank, part in enumerate(parts):
-            answers[rank :: ranks.size()] = part
+            answers[rank :: ranks.world_size()] = part
         return answers
 
     def _loglikelihood_tokens(self, requests: list[Request], **_options) -> list[Answer]:
@@ -100,10 +100,10 @@ class HarnessModel(HFLM):
         rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and the requests that it answers
         for number, request in enumerate(requests):
             rows.setdefault(tuple(_read(request)), []).append(number)
-        owners = ranks.deal([len(read) for read in rows])
-        mine = [row for row, owner in zip(rows.items(), owners, strict=True) if owner == ranks.rank()]
+        owners = ranks.balance([len(read) for read in rows])
+        share = [row for row, owner in zip(rows.items(), owners, strict=True) if owner == ranks.rank()]
         found: dict[int, Answer] = {}
-        for part in ranks.gather(dict(self._answers(mine, requests))):
+        for part in ranks.all_gather(dict(self._answers(share, requests))):
             found |= part
         if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
@@ -146,7 +146,7 @@ class HarnessModel(HFLM):
 
     def _passes(self, batches: list[Batch]) -> Iterator[list[Batch]]:
         """The batches of each pass over a streamed model; of one in memory each is its own."""
-        room = 0 if self._store is None else max(self._store.room, AT_LEAST)
+        room = 0 if self._store is None else max(self._store.available, AT_LEAST)
         embedding = self._language_model.model.get_input_embeddings().weight
         token = embedding.shape[1] * embedding.element_size()
         held: list[Batch] = []

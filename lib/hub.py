@@ -27,8 +27,8 @@ from transformers import dynamic_module_utils
 
 from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError
-from .hub_errors import HubError, endpoint, happened, wait_asked_for
-from .progress import silent
+from .hub_errors import HubError, endpoint, explain, wait_asked_for
+from .progress import bar_disabled
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _fetch_code(repository: Repository) -> None:
             fetch(repository, sibling.rfilename)
 
 
-def keep_code(cache_dir: str) -> None:
+def set_code_cache(cache_dir: str) -> None:
     """Have transformers put the code of models, which it copies before it runs it, under the cache and not ~/.cache."""
     if "HF_MODULES_CACHE" not in os.environ:
         dynamic_module_utils.HF_MODULES_CACHE = str(Path(cache_dir).absolute() / "modules")
@@ -161,7 +161,7 @@ def data_sets(cache_dir: str, name: str) -> Iterator[list[BaseException]]:
 
 
 @contextmanager
-def closed() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Meanwhile a library that would ask the hub of its own accord finds what it wants in the cache, or not at all."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
@@ -243,7 +243,7 @@ def _bar(watch: "_Watch") -> type[tqdm]:
             size = "" if total is None else f" ({tqdm.format_sizeof(total)}B)"
             log.info("%s: fetching %s%s", watch.name, watch.file, size)
             watch.began = True
-            super().__init__(*args, desc=desc, total=total, **options | {"disable": silent()})
+            super().__init__(*args, desc=desc, total=total, **options | {"disable": bar_disabled()})
 
     return Bar
 
@@ -293,7 +293,7 @@ class _Watch:
                 trouble, wait = error, max(pause, wait_asked_for(error.response))
             if time.monotonic() + wait > self.moved + self.patience:
                 raise _GaveUpError from trouble
-            log.info("%s: %s; trying again", self.name, happened(trouble, self.name)[0])
+            log.info("%s: %s; trying again", self.name, explain(trouble, self.name)[0])
             time.sleep(wait)
             pause *= 2
 
@@ -344,6 +344,6 @@ def _asking(repository: Repository, file: str = "", patience: float | None = Non
     except Exception as error:  # of httpx, huggingface_hub and the file system: they have no common base class
         if getattr(error, "errno", None) in UNWRITABLE:
             raise RunError(f"--cache_dir {repository.cache_dir}: cannot be written: {error.strerror}") from error
-        raise HubError(repository.asked, *happened(error, repository.name, repository.kind)) from error
+        raise HubError(repository.asked, *explain(error, repository.name, repository.kind)) from error
     finally:
         del session.send

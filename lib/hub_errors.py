@@ -29,13 +29,13 @@ def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
 
 
-def happened(error: BaseException, name: str, kind: str = "model") -> tuple[str, str]:
+def explain(error: BaseException, name: str, kind: str = "model") -> tuple[str, str]:
     """What an error of huggingface_hub says happened, by its first cause, and what to do about it."""
-    return of_the_hub(error, name, kind) or (f"cannot be fetched: {reason_of(error)}", "")
+    return explain_hub_error(error, name, kind) or (f"cannot be fetched: {reason_of(error)}", "")
 
 
-def of_the_hub(error: BaseException, name: str, kind: str) -> tuple[str, str] | None:
-    """As `happened`; nothing where what failed was not the hub."""
+def explain_hub_error(error: BaseException, name: str, kind: str) -> tuple[str, str] | None:
+    """As `explain`; nothing where what failed was not the hub."""
     cause = error
     while cause is not None:
         if isinstance(cause, errors.HfHubHTTPError):

@@ -8,9 +8,9 @@ from torch import Tensor
 from . import ranks, zero_shot
 from .analysis import note
 from .config import RunConfig
-from .data import evaluation_windows, every_begins_with
+from .data import evaluation_windows, required_bos
 from .flags import Flags
-from .windows import Windows, windows_of_text
+from .windows import Windows, corpus_windows
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,11 @@ class Inputs(NamedTuple):
     evaluation: Tensor | None
     tasks: zero_shot.Tasks | None
 
+    @property
+    def watched(self) -> Tensor | None:
+        """Windows that stand for all that the run reads: the evaluation's, or else the calibration's."""
+        return self.windows.calibration if self.evaluation is None else self.evaluation
+
 
 def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -> Inputs:
     """All of them, before any weight is read: what is missing or too short ends the run early, with a RunError.
@@ -35,13 +40,13 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
     """
     evaluation = None
     tasks = read_tasks(config, tokenizer, events, config.stream)
-    windows = windows_of_text(config, tokenizer, seqlen)
+    windows = corpus_windows(config, tokenizer, seqlen)
     if config.eval_wikitext:
         evaluation = evaluation_windows(
             config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
             cache_dir=config.cache_dir,
         )  # fmt: skip
-        ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        ranks.check_enough(f"--eval_windows {len(evaluation)}", evaluation)
     return Inputs(windows, evaluation, tasks)
 
 
@@ -49,7 +54,7 @@ def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = Fa
     """The zero-shot tasks of a run of any command, if it is asked for them."""
     if not config.eval_zero_shot:
         return None
-    bos = every_begins_with(tokenizer) if config.add_bos == "every" else None
+    bos = required_bos(tokenizer) if config.add_bos == "every" else None
     tasks = zero_shot.load(
         config.tasks, limit=config.task_limit, bos=bos, cache_dir=config.cache_dir, streamed=streamed
     )  # fmt: skip

@@ -16,7 +16,7 @@ from .errors import RunError, reason_of
 from .gguf_files import forget_header, header_parsed_once
 from .known_models import KNOWN_MODELS, find_gguf
 from .model import LanguageModel
-from .placement import place
+from .placement import device_map_options
 from .shards import ShardedModel, Shards
 
 VOCABULARIES = ("*token*", "vocab*", "*.model", "tekken.json")  # the names of files that make a tokenizer
@@ -52,7 +52,7 @@ def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bo
     a known model's package is missing, or the hub does not give it.
     """
     if trust_remote_code:
-        hub.keep_code(cache_dir)
+        hub.set_code_cache(cache_dir)
     file = locate(name, cache_dir)
     if file is None:
         repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
@@ -100,7 +100,7 @@ def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
     header = header_parsed_once() if source.gguf else nullcontext()
     try:
-        with hub.closed(), header:  # what is needed of the hub was fetched
+        with hub.offline(), header:  # what is needed of the hub was fetched
             return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -156,7 +156,7 @@ def choose_device(device: str) -> str:
     """`auto` is cuda where there is one, else cpu. Raises RunError for a device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and ranks.size() > 1:
+    if device == "cuda" and ranks.world_size() > 1:
         return f"cuda:{torch.cuda.current_device()}"  # a rank has one GPU of its own
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
@@ -203,7 +203,7 @@ def load_model(
         shards.check(whole=True)
     if device == "cuda" and torch.cuda.device_count() > 1:
         empty = shards.model if shards else _empty(source, options["dtype"])
-        options |= place(LanguageModel(empty), held_tokens, copies)
+        options |= device_map_options(LanguageModel(empty), held_tokens, copies)
     elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
         options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.
@@ -289,19 +289,19 @@ def _furnished(model: LanguageModel, source: Source, shards: Shards | None, save
     """The model with what is saved beside its weights, and with the dtypes in which they are saved."""
     inner = model.model
     dtypes = shards.dtypes() if shards else dict.fromkeys(inner.state_dict(), torch.float32)
-    model.saved_as = dtypes if save_dtype == "auto" else dict.fromkeys(dtypes, getattr(torch, save_dtype))
+    model.save_dtypes = dtypes if save_dtype == "auto" else dict.fromkeys(dtypes, getattr(torch, save_dtype))
     tied = getattr(inner.config, "tie_word_embeddings", False)
     if tied and inner._tied_weights_keys and not inner.all_tied_weights_keys:
         model.notes.append("tied by its configuration, with a head of its own in its files: that one is used and saved")
         inner.config.tie_word_embeddings = False
-    file = None if source.gguf else beside(source, "generation_config.json")
+    file = None if source.gguf else optional_file(source, "generation_config.json")
     inner.generation_config, why = generation.read(inner.generation_config, file)
     if why:
         model.notes.append(why)
     return model
 
 
-def beside(source: Source, file: str) -> Path | None:
+def optional_file(source: Source, file: str) -> Path | None:
     """A file beside the weights; None where the model has no such file."""
     path = Path(source.path) / file
     return path if path.is_file() else None
@@ -315,7 +315,7 @@ def weight_files(source: Source) -> list[Path]:
     if source.snapshot:
         hub.fetch_weights(source.snapshot)
     folder, named = Path(source.path), getattr(load_config(source), "transformers_weights", None)
-    for name in filter(functools.partial(beside, source), [named] if named else WEIGHTS):
+    for name in filter(functools.partial(optional_file, source), [named] if named else WEIGHTS):
         if not name.endswith(".index.json"):
             return [folder / name]
         index, shards = read_index(folder / name, f"--model {source.name}")
@@ -340,7 +340,7 @@ def weight_files(source: Source) -> list[Path]:
     raise RunError(f"--model {source.name}: has no weights: none of {', '.join(WEIGHTS)}{instead}")
 
 
-def window_limit(config) -> int | None:
+def context_length(config) -> int | None:
     """The longest window the model was made for, where its configuration says."""
     config = config.get_text_config()
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))

@@ -1,6 +1,6 @@
 """Scores to boolean masks, True where a weight goes. Counts are exact, ties included.
 
-`gone` (a mask like the scores, or None) are weights that are zero already: they are taken before any other, whatever
+`zeroed` (a mask like the scores, or None) are weights that are zero already. They are pruned first, whatever
 their scores, count towards what is asked for, and are taken even where they are more than that.
 """
 
@@ -18,11 +18,11 @@ class Pattern:
     """Where zeros may lie: anywhere (`group` is None), or a fixed number in every `group` (the M of
     N:M) consecutive weights along the input dimension. N follows from a matrix's own sparsity.
 
-    gone  (out, in) the weights of the one matrix to prune that stay zero because they are; None where there are none
+    zeroed  (out, in) the weights of the one matrix to prune that stay zero because they are; None where there are none
     """
 
     group: int | None = None
-    gone: Tensor | None = field(default=None, compare=False, repr=False)
+    zeroed: Tensor | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def parse(text: str) -> tuple["Pattern", float | None]:
@@ -47,17 +47,17 @@ class Pattern:
         return round(sparsity * self.group)
 
     def on(self, weight: Tensor) -> "Pattern":
-        """The same for one matrix (out, in): what is zero stays zero."""
-        gone = weight == 0
-        return replace(self, gone=gone if gone.any() else None)
+        """This pattern for one matrix (out, in), whose zeros stay zero."""
+        zeroed = weight == 0
+        return replace(self, zeroed=zeroed if zeroed.any() else None)
 
-    def forced(self, sparsity: float) -> int:
-        """Zeros that a matrix pruned to `sparsity` has in any case, for those that are gone; 0 where none are."""
-        if self.gone is None:
+    def min_zeros(self, sparsity: float) -> int:
+        """The least number of zeros after pruning to `sparsity`, given those that are there; 0 where none are."""
+        if self.zeroed is None:
             return 0
         if self.group is None:
-            return int(self.gone.sum())
-        return int(_in_groups(self.gone, self.group).clamp(min=self.zeros(sparsity)).sum())
+            return int(self.zeroed.sum())
+        return int(_in_groups(self.zeroed, self.group).clamp(min=self.zeros(sparsity)).sum())
 
 
 def lowest(scores: Tensor, counts: int | Tensor) -> Tensor:
@@ -88,20 +88,20 @@ def _up_to(limit: Tensor, scores: Tensor, counts: int | Tensor) -> Tensor:
     return mask | (ties & (ties.cumsum(1, dtype=torch.int32) <= missing))
 
 
-def _first(scores: Tensor, gone: Tensor | None) -> Tensor:
-    """The scores, those that are gone below all others."""
-    return scores if gone is None else scores.masked_fill(gone, -torch.inf)
+def _first(scores: Tensor, zeroed: Tensor | None) -> Tensor:
+    """The scores, with -inf where a weight is zero already."""
+    return scores if zeroed is None else scores.masked_fill(zeroed, -torch.inf)
 
 
-def _count(scores: Tensor, sparsity: float, gone: Tensor | None) -> int:
+def _count(scores: Tensor, sparsity: float, zeroed: Tensor | None) -> int:
     """Weights to take from the whole matrix."""
     count = round(sparsity * scores.numel())
-    return count if gone is None else max(count, int(gone.sum()))
+    return count if zeroed is None else max(count, int(zeroed.sum()))
 
 
-def lowest_of_matrix(scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
+def lowest_of_matrix(scores: Tensor, sparsity: float, zeroed: Tensor | None = None) -> Tensor:
     """Mask of the round(sparsity * size) lowest scores of the whole matrix."""
-    return lowest(_first(scores, gone).reshape(1, -1), _count(scores, sparsity, gone)).view_as(scores)
+    return lowest(_first(scores, zeroed).reshape(1, -1), _count(scores, sparsity, zeroed)).view_as(scores)
 
 
 class LowestOfMatrix:
@@ -115,10 +115,10 @@ class LowestOfMatrix:
     def __init__(self):
         self._last: Tensor | None = None
 
-    def __call__(self, scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
+    def __call__(self, scores: Tensor, sparsity: float, zeroed: Tensor | None = None) -> Tensor:
         if scores.is_cuda:  # a search would wait for the GPU, and a sort takes less
-            return lowest_of_matrix(scores, sparsity, gone)
-        flat, count = _first(scores, gone).reshape(1, -1), _count(scores, sparsity, gone)
+            return lowest_of_matrix(scores, sparsity, zeroed)
+        flat, count = _first(scores, zeroed).reshape(1, -1), _count(scores, sparsity, zeroed)
         if count == 0:
             return torch.zeros_like(scores, dtype=torch.bool)
         limit = None
@@ -131,25 +131,25 @@ class LowestOfMatrix:
         return _up_to(self._last.view(1, 1), flat, count).view_as(scores)
 
 
-def lowest_of_rows(scores: Tensor, sparsity: float, gone: Tensor | None = None) -> Tensor:
+def lowest_of_rows(scores: Tensor, sparsity: float, zeroed: Tensor | None = None) -> Tensor:
     """Mask of the lowest scores row by row, round(sparsity * size) in all.
 
     Every row loses floor(sparsity * columns), as in Wanda. What that leaves of the matrix's own target
     (less than one weight a row) is taken one weight a row, from the rows whose next score is lowest.
     Where rows have more zeros already, the others lose as much less, all of them alike.
     """
-    rows, total = len(scores), _count(scores, sparsity, gone)
-    if gone is None:
+    rows, total = len(scores), _count(scores, sparsity, zeroed)
+    if zeroed is None:
         base, extra = divmod(total, rows)
         counts = torch.full((rows,), base, device=scores.device)
     else:
-        scores, zeros = _first(scores, gone), gone.sum(1)  # (rows,)
+        scores, zeros = _first(scores, zeroed), zeroed.sum(1)  # (rows,)
         base, extra = _level(zeros, scores.shape[1], total)
         counts = zeros.clamp(min=base)
     if extra:
         following = scores.kthvalue(base + 1, dim=1).values  # (rows,); -inf of a row that has lost as much already
         counts = counts + lowest(following.masked_fill(following == -torch.inf, torch.inf)[None], extra)[0]
-    elif gone is None:
+    elif zeroed is None:
         return lowest(scores, base)
     return lowest(scores, counts)
 
@@ -165,19 +165,19 @@ def _level(zeros: Tensor, columns: int, total: int) -> tuple[int, int]:
     return base, total - int(sums[base])
 
 
-def lowest_of_groups(scores: Tensor, zeros: int, group: int, gone: Tensor | None = None) -> Tensor:
+def lowest_of_groups(scores: Tensor, zeros: int, group: int, zeroed: Tensor | None = None) -> Tensor:
     """Mask of the `zeros` lowest of every `group` consecutive scores of a row (N:M)."""
     columns = scores.reshape(-1, group).t().contiguous()
-    already = None if gone is None else gone.reshape(-1, group).t()
+    already = None if zeroed is None else zeroed.reshape(-1, group).t()
     return lowest_of_columns(columns, zeros, already).t().reshape(scores.shape)
 
 
-def lowest_of_columns(scores: Tensor, zeros: int, gone: Tensor | None = None) -> Tensor:
+def lowest_of_columns(scores: Tensor, zeros: int, zeroed: Tensor | None = None) -> Tensor:
     """Mask of the `zeros` lowest scores of each column of a few rows, (M, n): by counting those before each.
 
     Nothing is waited for, and on a CPU as on a GPU a selection takes longer.
     """
-    scores, counts = _first(scores, gone), zeros if gone is None else gone.sum(0).clamp(min=zeros)
+    scores, counts = _first(scores, zeroed), zeros if zeroed is None else zeroed.sum(0).clamp(min=zeros)
     mask = torch.empty_like(scores, dtype=torch.bool)
     for row, score in enumerate(scores):
         before = (scores[:row] <= score).sum(0) + (scores[row + 1 :] < score).sum(0)
@@ -185,6 +185,6 @@ def lowest_of_columns(scores: Tensor, zeros: int, gone: Tensor | None = None) ->
     return mask
 
 
-def _in_groups(gone: Tensor, group: int) -> Tensor:
-    """How many of every `group` consecutive weights of a row are gone, (groups,)."""
-    return gone.reshape(-1, group).sum(1)
+def _in_groups(zeroed: Tensor, group: int) -> Tensor:
+    """How many of every `group` consecutive weights of a row are zeroed, (groups,)."""
+    return zeroed.reshape(-1, group).sum(1)

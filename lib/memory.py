@@ -1,4 +1,4 @@
-"""How the process holds on to memory."""
+"""Memory of the process: what malloc keeps, copies to the host."""
 
 import ctypes
 import sys
@@ -26,7 +26,7 @@ def keep_freed_memory(tensors_up_to: int = 32 << 20) -> None:
 
 
 @contextmanager
-def freed_memory_goes_back() -> Iterator[None]:
+def eager_release() -> Iterator[None]:
     """While weights come and others take their place: what is freed of a tensor above 1 MB is the kernel's again at
     once, and leaves no holes between those that stay. They took as much again as a pruned model itself.
     """
@@ -43,7 +43,7 @@ def _mallopt(parameter: int, value: int) -> None:
         mallopt(parameter, value)
 
 
-def return_freed_memory() -> None:
+def trim_heap() -> None:
     """Give the kernel what the C library keeps: small objects that outlive the tensors between them leave gaps in which
     the next ones find no room. Elsewhere than on glibc: nothing.
     """
@@ -52,7 +52,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def on_host(tensor: Tensor) -> Tensor:
+def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory; of a GPU's tensor in pinned memory, 35 times as fast as in other (docs/gpu.md)."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
 

@@ -19,11 +19,11 @@ from .activations import Store
 from .blocks import Changes, Seen, accepted, find_blocks, find_body, is_causal, replaced_forward
 from .digest import digest
 from .errors import RunError
-from .experts import Mixtures, is_dense_by_nature, is_linear, wide
+from .experts import Mixtures, is_linear, matrix_parameters, never_prunable
 from .masks import Pattern
-from .memory import is_finite, on_host
+from .memory import copy_to_host, is_finite
 
-FEW = 7  # tokens, to try a model on; no other axis is that long
+PROBE_LENGTH = 7  # tokens, to try a model on; no other axis is that long
 NEGLIGIBLE = 0.01  # a share of the blocks' weights that may stay dense without a word
 
 
@@ -47,7 +47,7 @@ class Matrix:
 
     @property
     def uses(self) -> tuple["Matrix", ...]:
-        """The matrix as each module has it, in order."""
+        """This matrix as a part of each module that shares it, in order."""
         return (*self.earlier, self)
 
     @property
@@ -57,7 +57,7 @@ class Matrix:
 
     @property
     def stored(self) -> nn.Parameter:
-        """The parameter that holds it, and with an expert the others of its kind."""
+        """The parameter that holds it; of an expert also the other experts of its stack."""
         return getattr(self.module, self.parameter)
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class LanguageModel:
     body        what turns token ids into the last hidden state
     matrices    every prunable matrix, in module order
     uncovered   parameters inside blocks that are matrices or stacks of them, yet of no known kind
-    saved_as    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
+    save_dtypes    parameter or buffer -> the dtype that it is saved in, where that is not its own (lib/storage.py)
     notes       what was found at loading and is worth an event
     streamed    whether blocks have values only while they are resident (lib/shards.py)
     """
@@ -102,7 +102,7 @@ class LanguageModel:
         found = find_blocks(model, self.name)
         self.block_names, self.blocks = list(found), list(found.values())
         self.body = find_body(model, self.block_names, self.name)
-        self.saved_as: dict[str, torch.dtype] = {}
+        self.save_dtypes: dict[str, torch.dtype] = {}
         self.notes: list[str] = []
         self.matrices: list[Matrix] = []
         self.uncovered: list[str] = []
@@ -114,12 +114,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the input embeddings, which takes token ids."""
         return self.model.get_input_embeddings().weight.device
 
     @property
     def devices(self) -> list[torch.device]:
-        """All that the model lies on."""
+        """The devices that hold any of the model's parameters."""
         found = {parameter.device for parameter in self.model.parameters() if not parameter.is_meta}
         return sorted(found or {self.device}, key=str)
 
@@ -127,7 +127,7 @@ class LanguageModel:
         return [matrix for matrix in self.matrices if matrix.block == block]
 
     def uses_in(self, block: int) -> list[tuple[Matrix, Matrix]]:
-        """Every matrix that the block reads: as it has it, and as it is in `matrices`."""
+        """Every matrix that the block reads, as (its use in this block, the entry of `matrices`)."""
         return [(use, matrix) for matrix in self.matrices for use in matrix.uses if use.block == block]
 
     def groups(self) -> Iterator[list[Matrix]]:
@@ -137,13 +137,13 @@ class LanguageModel:
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):
-        """While the values of `matrices` are read. A model in memory has them at hand, and nothing is done."""
+        """While the values of `matrices` are read; a streamed model loads them. A model in memory does nothing."""
         yield
 
     @contextmanager
-    def resident_block(self, index: int, upto: int | None = None):
-        """While the block `index` is run or changed; likewise. Of blocks that were replaced, those after `upto`, if
-        given, are read as they were before, and so is what they share with this one.
+    def resident_block(self, index: int, pruned_upto: int | None = None):
+        """While the block `index` is run or changed; likewise. Of replaced blocks those after `pruned_upto`, if given,
+        are read as they were before, and so is what they share with this one.
         """
         yield
 
@@ -152,8 +152,8 @@ class LanguageModel:
         """While forward passes of the whole model reach the block `index`; likewise."""
         yield
 
-    def hold(self, names: Iterable[str]) -> None:
-        """Keep the values of these, which are resident, for good; likewise."""
+    def keep_resident(self, names: Iterable[str]) -> None:
+        """Keep the values of these parameters, which are resident, in memory from now on; likewise."""
 
     @contextmanager
     def restored(self, store: Store | None = None) -> Iterator[Callable | None]:
@@ -162,7 +162,7 @@ class LanguageModel:
         Yields what is to be called with the index of each block that was changed, while it is resident; None where
         there is no need. A copy of the weights is held meanwhile: on the host, or in `store` those of a streamed model.
         """
-        weights = {matrix: on_host(matrix.weight) for matrix in self.matrices}
+        weights = {matrix: copy_to_host(matrix.weight) for matrix in self.matrices}
         try:
             yield None
         finally:
@@ -178,8 +178,8 @@ class LanguageModel:
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         return {name: value for name, value in self.model.state_dict().items() if name not in tied}
 
-    def rest(self) -> dict[str, Tensor]:
-        """Of these the ones outside the blocks."""
+    def non_block_state(self) -> dict[str, Tensor]:
+        """Those of `state` that are outside the blocks: embeddings, final norm, head."""
         blocks = tuple(f"{name}." for name in self.block_names)
         return {name: value for name, value in self.state().items() if not name.startswith(blocks)}
 
@@ -205,7 +205,7 @@ class LanguageModel:
 
     @property
     def stays_dense(self) -> str | None:
-        """What is to be said of the weights that no pruner reaches; nothing where they are few."""
+        """A warning about the weights in blocks that are not prunable; None where they are few."""
         if self.dense_share <= NEGLIGIBLE:
             return None
         names = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in self.uncovered)
@@ -213,7 +213,7 @@ class LanguageModel:
 
     @cached_property
     def digest(self) -> str:
-        """Of the prunable matrices as loaded (take it before pruning), see lib/digest.py."""
+        """Digest of the prunable matrices as loaded (lib/digest.py); read it before pruning."""
         return digest(self)
 
     def describe(self) -> dict:
@@ -250,8 +250,10 @@ class LanguageModel:
         for name, parameter in self.model.named_parameters():
             if not parameter.is_meta and not is_finite(parameter):
                 raise RunError(f"--model {self.name}: {name} holds NaN or infinity")
-        given = next((tokens for tokens in windows if tokens is not None), torch.arange(FEW).remainder(known)[None])
-        few = given[:1, :FEW]
+        given = next(
+            (tokens for tokens in windows if tokens is not None), torch.arange(PROBE_LENGTH).remainder(known)[None]
+        )
+        few = given[:1, :PROBE_LENGTH]
         with self.resident_in_forward(0), self.unchanged():
             causal = few.numel() == 1 or is_causal(self.hidden_states, self.blocks[0], few.to(self.device))
         if not causal:
@@ -317,7 +319,7 @@ class LanguageModel:
 
         try:
             with replaced_forward(self.body, body):
-                logits = self.own_logits(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
+                logits = self.forward_logits(torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise RunError(
                 f"--model {self.name}: {type(self.model).__name__} computes its logits from more than its last hidden "
@@ -332,7 +334,7 @@ class LanguageModel:
             )
         return logits
 
-    def own_logits(self, tokens: Tensor) -> Tensor:
+    def forward_logits(self, tokens: Tensor) -> Tensor:
         """Logits (B, S, vocabulary) of token ids (B, S) by the model's own forward pass."""
         output = self._run(tokens)
         return output if isinstance(output, Tensor) else output[0] if type(output) is tuple else output.logits
@@ -353,8 +355,8 @@ def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matr
     matrices, uncovered, mixtures = [], [], Mixtures(block)
     for name, module in block.named_modules(prefix=prefix):
         stacks = {stack.parameter: stack for stack in mixtures.stacks.get(module, ())}
-        nature = is_dense_by_nature(module) or "norm" in name.rpartition(".")[2]
-        for parameter, value in [] if nature else wide(module):
+        nature = never_prunable(module) or "norm" in name.rpartition(".")[2]
+        for parameter, value in [] if nature else matrix_parameters(module):
             full_name = f"{name}.{parameter}"
             if value in mixtures.routers:
                 continue

@@ -30,33 +30,33 @@ def own_text(
     """
     each, known = max(1, AT_ONCE // seqlen), torch.empty(0, seqlen, dtype=torch.int64) if known is None else known
     batches = range(len(known) // each, -(-count // each))
-    front = _front(model, add_bos)[: seqlen - 1]
+    prefix = _prefix(model, add_bos)[: seqlen - 1]
     with _plain_generation(model):
-        mine = [
-            (batch, _sampled(model, front, each, seqlen, f"{seed} {batch}"))
-            for batch in progress(batches[ranks.rank() :: ranks.size()], "the model's own text", "batch")
+        share = [
+            (batch, _sampled(model, prefix, each, seqlen, f"{seed} {batch}"))
+            for batch in progress(batches[ranks.rank() :: ranks.world_size()], "the model's own text", "batch")
         ]
-    written = dict(pair for pairs in ranks.gather(mine) for pair in pairs)
+    written = dict(pair for pairs in ranks.all_gather(share) for pair in pairs)
     return torch.cat([known, *(written[batch] for batch in batches)])
 
 
-def _front(model: LanguageModel, add_bos: str) -> list[int]:
+def _prefix(model: LanguageModel, add_bos: str) -> list[int]:
     if model.tokenizer is None:
         return []
     if add_bos != "every":
-        return tokens.beginning(model.tokenizer)
+        return tokens.prefix(model.tokenizer)
     bos = tokens.bos(model.tokenizer)
     if bos is None:
         raise RunError("--add_bos every: the model's tokenizer has no BOS; leave it at once")
     return [bos]
 
 
-def _sampled(model: LanguageModel, front: list[int], count: int, seqlen: int, seed: str) -> Tensor:
+def _sampled(model: LanguageModel, prefix: list[int], count: int, seqlen: int, seed: str) -> Tensor:
     """(count, seqlen), on the host."""
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big", signed=True)
     with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
         torch.manual_seed(number)
-        begun = torch.tensor(front).expand(count, -1) if front else torch.randint(_vocabulary(model), (count, 1))
+        begun = torch.tensor(prefix).expand(count, -1) if prefix else torch.randint(_vocabulary(model), (count, 1))
         begun = begun.to(model.device)
         try:
             with torch.no_grad():

@@ -5,26 +5,27 @@ import torch
 from .model import LanguageModel
 
 
-def place(model: LanguageModel, tokens: int = 0, copies: int = 0) -> dict:
+def device_map_options(model: LanguageModel, tokens: int = 0, copies: int = 0) -> dict:
     """Arguments of from_pretrained by which a model lies on one GPU or several; `model` needs no values.
 
-    On the first GPU with room for the weights and for `room(model, tokens, copies)`; where none has it on several, each
-    of which keeps that room free, for a block is pruned where it lies. Where they cannot, they take what they can.
+    On the first GPU with room for the weights and `memory_needed(model, tokens, copies)`. Where there is none, on
+    several, each of which keeps that much free: a block is pruned where it lies. Where they cannot, they take what
+    they can.
     """
     weights, free = sum(parameter.nbytes for parameter in model.model.parameters()), {}
-    beside = room(model, tokens, copies)
+    reserved = memory_needed(model, tokens, copies)
     for index in range(torch.cuda.device_count()):  # asking one takes memory on it, so no more are asked than needed
         free[index] = torch.cuda.mem_get_info(index)[0]
-        if weights + beside <= free[index]:
+        if weights + reserved <= free[index]:
             return {"device_map": {"": f"cuda:{index}"}}
-    limits = {index: max(0, size - beside) for index, size in free.items()}
+    limits = {index: max(0, size - reserved) for index, size in free.items()}
     largest = max(sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks)
     if weights + len(limits) * largest <= sum(limits.values()):  # a block goes to a GPU whole
         return {"device_map": "auto", "max_memory": limits}
     return {"device_map": "auto"}
 
 
-def room(model: LanguageModel, tokens: int, copies: int) -> int:
+def memory_needed(model: LanguageModel, tokens: int, copies: int) -> int:
     """Bytes that a run needs beside the weights at most, by the formulas of docs/scaling.md.
 
     tokens of calibration, whose hidden states are held twice (the second for the dense model), and `copies` of the

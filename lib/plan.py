@@ -1,4 +1,4 @@
-"""From flags to a sparsity for every matrix: what the allocation reads is measured, its parameter chosen; and done."""
+"""From flags to a sparsity for every matrix (`plan`), and pruning to it (`apply_plan`)."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from .pruners import PRUNERS
 from .quality import allocation_scores
 from .sequential import prune_model
 from .stopwatch import Stopwatch
-from .storage import settle
+from .storage import round_to_save_dtypes
 from .trials import Trials
 from .windows import Windows
 
@@ -38,32 +38,34 @@ def plan(
     row_weights: Mapping[str, Tensor] | None = None,
     batch_size: int = 1,
     store: Store | None = None,
-    remember: Callable[[str, Callable], object] = lambda _, measure: measure(),
+    cached: Callable[[str, Callable], object] = lambda _, measure: measure(),
 ) -> dict:
     """What the run will do to each matrix, ready for JSON: `targets` {name: sparsity} and `asymmetry`, `scores` {name:
     what the allocation read}, `searches` (for each thing chosen, what was tried and what it cost) and `events`.
 
     metrics are the values of --WW_metric; held_out are windows that no statistics are taken of, on which the model
     pruned on trial is measured where something is to be chosen (lib/trials.py); row_weights are for these prunings.
-    `remember(key, measure)` gives `measure()`, or what it was before for the same model and windows.
+    `cached(key, measure)` gives `measure()`, or what it was before for the same model and windows.
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
     own, of_blocks, asymmetry, searches = {}, {}, config.asymmetry, []
     trials = None
     if config.held_out:
-        prune = functools.partial(prune_to, config, model, row_weights=row_weights, batch_size=batch_size, store=store)
+        prune = functools.partial(
+            prune_to_targets, config, model, row_weights=row_weights, batch_size=batch_size, store=store
+        )
         way = f"{config.pruner} {config.use_variant} {config.fisher:g} {config.sparsity_type}"
-        remembered = lambda key, measure: remember(f"{key} {way}", measure)  # noqa: E731
-        trials = Trials(model, prune, calibration, held_out, batch_size, store, remembered)
+        cached_trial = lambda key, measure: cached(f"{key} {way}", measure)  # noqa: E731
+        trials = Trials(model, prune, calibration, held_out, batch_size, store, cached_trial)
     if asymmetry == AUTO:
         uniform = dict.fromkeys((matrix.name for matrix in model.matrices), config.sparsity)
-        searches.append(trials.best("asymmetry", {value: (uniform, value) for value in ASYMMETRIES}))
+        searches.append(trials.grid_search("asymmetry", {value: (uniform, value) for value in ASYMMETRIES}))
         asymmetry = searches[-1]["chosen"]
     if config.scored:
         metric = config.ww_metric[0]
         own = {name: METRICS[metric].sign * value for name, value in metrics[metric].items()}
     elif allocation.score:
-        own, of_blocks = remember(
+        own, of_blocks = cached(
             f"{config.allocation} {config.mapping_type}",
             lambda: allocation_scores(
                 model, [config.allocation], calibration, config.options, config.mapping_type, batch_size=batch_size,
@@ -72,12 +74,12 @@ def plan(
         )  # fmt: skip
         of_blocks = {int(block): value for block, value in of_blocks.items()}  # which JSON remembers as strings
     elif allocation.measured:
-        own, marginals = remember(
+        own, attribution = cached(
             f"{config.prune_method} {config.use_variant} {asymmetry:g} {config.fisher:g} {config.sparsity:g} "
             f"{config.sparsity_type}",
-            lambda: trials.marginals(config.sparsity, asymmetry, config.pattern.group),
+            lambda: trials.attribute_loss(config.sparsity, asymmetry, config.pattern.group),
         )
-        searches.append(marginals)
+        searches.append(attribution)
     problem = Problem(
         sizes={matrix.name: matrix.size for matrix in model.matrices},
         blocks={matrix.name: matrix.block for matrix in model.matrices},
@@ -96,10 +98,10 @@ def plan(
         for value in (round(factor * default, 6) for factor in FACTORS):
             with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
                 candidates[value] = candidate(value)
-        searches.append(trials.best(name, candidates))
+        searches.append(trials.grid_search(name, candidates))
         options[name] = searches[-1]["chosen"]
     elif allocation.measured and options[name]:
-        searches.append(trials.halved(name, options[name], candidate, marginals["uniform"]))
+        searches.append(trials.backtrack(name, options[name], candidate, attribution["uniform"]))
         options[name] = searches[-1]["chosen"]
     return {
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
@@ -107,22 +109,22 @@ def plan(
     }  # fmt: skip
 
 
-def prune_to(
+def prune_to_targets(
     config: RunConfig,
     model: LanguageModel,
     targets: Mapping[str, float],
     asymmetry: float,
     windows: Tensor | None,
-    **rest,
+    **kwargs,
 ) -> None:
-    """`prune_model` with the flags' pruner and pattern; `rest` are its other arguments."""
+    """`prune_model` with the flags' pruner and pattern; `kwargs` are its other arguments."""
     pruner = PRUNERS[config.pruner]
     if config.use_variant:
         pruner = pruner.variant
-    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=asymmetry, **rest)
+    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=asymmetry, **kwargs)
 
 
-def carry_out(
+def apply_plan(
     config: RunConfig,
     model: LanguageModel,
     planned: Mapping,
@@ -131,22 +133,22 @@ def carry_out(
     batch_size: int,
     clock: Stopwatch,
     events: list[dict],
-    **rest,
+    **kwargs,
 ) -> None:
-    """Prune to what `plan` gave, and train what is left as --recover says; `rest` are arguments of `prune_model`."""
+    """Prune to what `plan` gave, and train what is left as --recover says; `kwargs` are arguments of `prune_model`."""
     block, targets = "block" in config.recover, planned["targets"]
     dense, seen = None, windows.calibration
     if block:
-        seen, rest["counted"] = windows.recovery, len(windows.calibration)
+        seen, kwargs["stats_windows"] = windows.recovery, len(windows.calibration)
     if "model" in config.recover and any(targets.values()):
         with clock("targets"):
             dense = dense_targets(model, windows.recovery, batch_size=batch_size)
-    prune_to(
+    prune_to_targets(
         config, model, targets, planned["asymmetry"], seen, recovery=block, batch_size=batch_size, clock=clock,
-        events=events, **rest,
+        events=events, **kwargs,
     )  # fmt: skip
     if dense is not None:
         with clock("recover"):
             distil(model, dense, batch_size=batch_size)
-        for message in settle(model.state(), model.saved_as):
+        for message in round_to_save_dtypes(model.state(), model.save_dtypes):
             note(events, message)

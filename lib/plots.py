@@ -33,10 +33,10 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> dict[str, Figure]:
+def draw_esds(layers: list[dict], esds: dict[str, dict], metric: str) -> dict[str, Figure]:
     """kind -> a page with the ESD of that kind of matrix in each block (of experts: the first), on log-log axes.
 
-    portraits: matrix name -> histogram and fit (lib/quality.py). Blue: histogram of the eigenvalues; solid red: its
+    esds: matrix name -> histogram and fit (lib/quality.py). Blue: histogram of the eigenvalues; solid red: its
     tail from lam_min; dashed red: the fitted power law.
     """
     pages = {}
@@ -51,8 +51,8 @@ def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> di
         figure.suptitle(f"{kind}{note}: eigenvalue density, tail and power-law fit ({metric})", fontsize=13)
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for axis, layer in zip(axes, shown, strict=False):
-            _draw_esd(axis, f"block {layer['block']}", portraits.get(layer["name"]))
-        least = [density[density > 0].min() for density in map(_density, filter(None, map(portraits.get, drawn)))]
+            _draw_esd(axis, f"block {layer['block']}", esds.get(layer["name"]))
+        least = [density[density > 0].min() for density in map(_density, filter(None, map(esds.get, drawn)))]
         axes[0].set_ylim(bottom=min(least, default=1) / 3)
         for axis in axes[len(shown) :]:
             axis.axis("off")
@@ -62,35 +62,35 @@ def draw_esds(layers: list[dict], portraits: dict[str, dict], metric: str) -> di
     return pages
 
 
-def _edges(portrait: dict) -> numpy.ndarray:
-    return numpy.logspace(portrait["low"], portrait["high"], len(portrait["counts"]) + 1)
+def _edges(esd: dict) -> numpy.ndarray:
+    return numpy.logspace(esd["low"], esd["high"], len(esd["counts"]) + 1)
 
 
-def _density(portrait: dict) -> numpy.ndarray:
+def _density(esd: dict) -> numpy.ndarray:
     """Of the eigenvalues in each bin."""
-    counts = numpy.array(portrait["counts"], dtype=float)
-    return counts / counts.sum() / numpy.diff(_edges(portrait))
+    counts = numpy.array(esd["counts"], dtype=float)
+    return counts / counts.sum() / numpy.diff(_edges(esd))
 
 
-def _draw_esd(axis, title: str, portrait: dict | None) -> None:
+def _draw_esd(axis, title: str, esd: dict | None) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.tick_params(labelsize=8)
-    if portrait is None:
+    if esd is None:
         axis.set_title(f"{title}: no power law", fontsize=9)
         return
-    density, edges = _density(portrait), _edges(portrait)
+    density, edges = _density(esd), _edges(esd)
     centres = numpy.sqrt(edges[:-1] * edges[1:])
-    alpha, start = portrait["alpha"], portrait["lam_min"]
+    alpha, start = esd["alpha"], esd["lam_min"]
     seen = density > 0
     axis.stairs(density, edges, fill=True, baseline=1e-30, color=BLUE, alpha=0.75)
     tail = seen & (edges[1:] > start)
     axis.plot(centres[tail], density[tail], color=RED, linewidth=1.6)
     x = numpy.array([start, edges[-1]])
-    fitted = portrait["tail"] * (alpha - 1) / start * (x / start) ** -alpha
+    fitted = esd["tail"] * (alpha - 1) / start * (x / start) ** -alpha
     axis.plot(x, fitted, color=RED, linestyle="--", linewidth=1.4)
     axis.axvline(start, color=RED, linewidth=0.6, alpha=0.6)
-    axis.set_title(rf"{title}: $\alpha$ {alpha:.2f}, KS {portrait['ks']:.3f}", fontsize=9)
+    axis.set_title(rf"{title}: $\alpha$ {alpha:.2f}, KS {esd['ks']:.3f}", fontsize=9)
 
 
 def _depth_figure(title: str, label: str):

@@ -1,4 +1,4 @@
-"""In what type products of matrices are computed: exactly in float32, or for gradients in the processor's fast type."""
+"""Precision of matrix products: full float32, or mixed precision for gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,8 +9,8 @@ import torch
 T = TypeVar("T")
 
 
-def float32_products() -> str:
-    """What this process asks of products of float32 matrices: "highest" is float32 throughout, less TF32 or bfloat16.
+def float32_matmul_precision() -> str:
+    """torch's float32 matmul precision: "highest" is float32 throughout, "high" and "medium" allow TF32 or bfloat16.
 
     Torch has two interfaces to ask through, which may contradict each other.
     """
@@ -21,11 +21,11 @@ def float32_products() -> str:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
+def exact_matmul() -> Iterator[None]:
     """Products of float32 matrices in float32 throughout, whatever the process or its environment asks for: Gram
     matrices and what is solved with them do not survive TF32's 10 bits.
     """
-    found = float32_products()
+    found = float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -36,7 +36,7 @@ def exact_products() -> Iterator[None]:
             torch.backends.cuda.matmul.fp32_precision = found
 
 
-def fast_type(device: str) -> torch.dtype:
+def fast_dtype(device: str) -> torch.dtype:
     """bfloat16 where the processor multiplies in it (three times as fast on a CPU that does), else float32."""
     if device == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -51,11 +51,11 @@ def mixed_precision(dtype: torch.dtype, device: str) -> torch.autocast:
 
     A model in float16 too is passed in bfloat16: its gradients have no range in float16.
     """
-    fast = fast_type(device) if dtype == torch.float32 else torch.bfloat16
+    fast = fast_dtype(device) if dtype == torch.float32 else torch.bfloat16
     return torch.autocast(device, dtype=fast, enabled=fast == torch.bfloat16)
 
 
-def passing(
+def choose_autocast(
     mixed: Callable[[], AbstractContextManager], first: Callable[[], T]
 ) -> tuple[Callable[[], AbstractContextManager], T]:
     """What gives the context of a model's passes, and what the `first` one returns: `mixed`, or none where the model's

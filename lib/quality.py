@@ -9,10 +9,10 @@ from torch import Tensor
 from . import ranks
 from .allocation import ALLOCATIONS
 from .errors import RunError
-from .esd import DegenerateSpectrumError, Spectrum, as_published, cores_for_blas
+from .esd import DegenerateSpectrumError, Spectrum, cores_for_blas, published_precision
 from .metrics import METRICS
 from .model import LanguageModel, Matrix
-from .precision import exact_products
+from .precision import exact_matmul
 from .progress import progress
 from .results.cache import MetricCache
 from .sequential import walk
@@ -27,28 +27,28 @@ def layer_quality(
     model: LanguageModel,
     *metrics: str,
     cache: MetricCache | None = None,
-    portraits: dict[str, dict] | None = None,
+    esds: dict[str, dict] | None = None,
     events: list[dict] | None = None,
 ) -> dict[str, dict[str, float]]:
     """metric -> matrix name, in module order -> score.
 
     A matrix for which a metric is undefined (zero, rank one ...) gets the mean of the others of its block, or of all
     where there are none; this is appended to `events`. What `cache` holds is not computed again, and it grows as the
-    work goes on. `portraits`, where given, is filled with what the pictures show of each spectrum (`portrait`).
+    work goes on. `esds`, where given, is filled with what the pictures show of each spectrum (`esd_summary`).
     Raises RunError where no matrix has a score, and with the matrix's name for NaN or infinity.
     """
     wanted = {name: (METRICS[name].version, METRICS[name].score) for name in metrics}
     drawn = next((name for name in metrics if METRICS[name].fit), DRAWN)
-    if portraits is not None:
-        wanted[f"{drawn}.esd"] = (METRICS[drawn].version, lambda spectrum: portrait(spectrum, drawn))
+    if esds is not None:
+        wanted[f"{drawn}.esd"] = (METRICS[drawn].version, lambda spectrum: esd_summary(spectrum, drawn))
     found = measure(model, wanted, cache)
-    if portraits is not None:
-        portraits.update({name: value for name, value in found[f"{drawn}.esd"].items() if isinstance(value, dict)})
+    if esds is not None:
+        esds.update({name: value for name, value in found[f"{drawn}.esd"].items() if isinstance(value, dict)})
     return {name: _complete(model, name, found[name], [] if events is None else events) for name in metrics}
 
 
-def portrait(spectrum: Spectrum, metric: str) -> dict:
-    """What a picture shows of a spectrum: its histogram over log10(lam), and the power law behind `metric`.
+def esd_summary(spectrum: Spectrum, metric: str) -> dict:
+    """A spectrum's histogram over log10(lam) and the power law behind `metric`, for the pictures.
 
     `tail` is the share of the eigenvalues at and above lam_min.
     """
@@ -67,7 +67,7 @@ def measure(
     """entry -> matrix name -> what its function, in {entry: (version, function of a Spectrum)}, says of the matrix;
     where that is undefined, the reason as a string.
     """
-    found = ranks.from_first(
+    found = ranks.from_main(
         lambda: {entry: cache.read(entry, version) if cache else {} for entry, (version, _) in wanted.items()}
     )
     missing = {m.name for m in model.matrices if any(m.name not in values for values in found.values())}
@@ -82,13 +82,13 @@ def measure(
                         if entries:
                             bar.set_postfix_str(matrix.name, refresh=False)
                             with cores_for_blas(matrix.shape):
-                                spectrum = Spectrum(as_published(matrix.weight))
+                                spectrum = Spectrum(published_precision(matrix.weight))
                                 values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
-                for measured in ranks.gather(values):
+                for measured in ranks.all_gather(values):
                     for name, of_matrix in measured.items():
                         for entry, value in of_matrix.items():
                             found[entry][name] = value
-                        if cache and ranks.first():
+                        if cache and ranks.is_main():
                             cache.add(name, of_matrix)
                     bar.update(len(measured))
         finally:  # of an interrupted analysis nothing is lost
@@ -102,11 +102,11 @@ def _rounds(groups: list[list[Matrix]]) -> Iterator[list[Matrix]]:
 
     In the last round a rank may have none (an empty list). One process takes the groups in module order.
     """
-    if ranks.size() > 1:
+    if ranks.world_size() > 1:
         groups = sorted(groups, key=lambda group: -sum(_cost(matrix) for matrix in group))
-    for begin in range(0, len(groups), ranks.size()):
-        mine = begin + ranks.rank()
-        yield groups[mine] if mine < len(groups) else []
+    for begin in range(0, len(groups), ranks.world_size()):
+        index = begin + ranks.rank()
+        yield groups[index] if index < len(groups) else []
 
 
 def _cost(matrix: Matrix) -> float:
@@ -143,7 +143,7 @@ def _complete(model: LanguageModel, metric: str, found: dict, events: list[dict]
     return result
 
 
-@exact_products()
+@exact_matmul()
 def allocation_scores(
     model: LanguageModel,
     names: Iterable[str],

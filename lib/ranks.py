@@ -1,4 +1,4 @@
-"""Several processes on one run: who this one is, how work is dealt out, and how results come together.
+"""Several processes on one run (torch.distributed): who this one is, and how work and results are shared.
 
 Started by `accelerate launch` (or torchrun) they are ranks of one group, gloo for what lies on CPUs and nccl for what
 lies on GPUs; started plainly, the one process is rank 0 of 1 and everything here is free.
@@ -52,74 +52,74 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def first() -> bool:
-    """Whether this process is the one that writes and talks."""
+def is_main() -> bool:
+    """Whether this is the main process, rank 0: the one that writes files and logs."""
     return rank() == 0
 
 
-def speaks() -> bool:
-    """Whether this process says what went wrong: before the group is joined all of a machine meet the same."""
+def reports_errors() -> bool:
+    """Whether this process reports an error; before the group is joined all processes of a machine meet the same."""
     return dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if size() > 1:
+    """Wait for every rank."""
+    if world_size() > 1:
         dist.barrier()
 
 
-def gather(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every rank's value, by rank, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return [value]
-    values: list = [None] * size()
+    values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What the first rank's `make()` returns, on every rank."""
-    if size() == 1:
+def from_main(make: Callable[[], T]) -> T:
+    """The result of `make()` on rank 0, broadcast to every rank; any object that can be pickled."""
+    if world_size() == 1:
         return make()
-    value = [make() if first() else None]
+    value = [make() if is_main() else None]
     dist.broadcast_object_list(value, src=0)
     return value[0]
 
 
-def add_up(tensor: Tensor) -> None:
+def all_reduce(tensor: Tensor) -> None:
     """Replace the tensor on every rank by the sum over the ranks."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
 
 
-def send_around(tensor: Tensor, source: int) -> Tensor:
-    """`tensor` of the rank `source` on every rank; the others pass one of the same shape and dtype."""
-    if size() > 1:
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """The tensor of rank `source`, on every rank; the others pass one of the same shape and dtype."""
+    if world_size() > 1:
         tensor = tensor.contiguous()
         dist.broadcast(tensor, src=source)
     return tensor
 
 
-def mine(windows: Tensor) -> Tensor:
-    """This rank's share of windows (n, seqlen): every size()-th."""
-    return windows[rank() :: size()]
+def shard(windows: Tensor) -> Tensor:
+    """This rank's share of windows (n, seqlen): every world_size()-th."""
+    return windows[rank() :: world_size()]
 
 
-def enough(given: str, windows: Tensor) -> None:
-    """Raises RunError naming the flag as `given` where a rank would have none of the windows that are read at once."""
-    if len(windows) < size():
+def check_enough(given: str, windows: Tensor) -> None:
+    """Raises RunError, which begins with the flag as `given`, where a rank would get none of the windows."""
+    if len(windows) < world_size():
         read = f"{len(windows)} window" + "s" * (len(windows) > 1)
-        raise RunError(f"{given}: comes to {read} at a time, less than one for each of {size()} processes")
+        raise RunError(f"{given}: comes to {read} at a time, less than one for each of {world_size()} processes")
 
 
-def deal(costs: Sequence[float]) -> list[int]:
-    """The rank for each piece of work, such that the ranks' sums of costs are about equal; the same on every rank."""
-    load, owners = [0.0] * size(), [0] * len(costs)
+def balance(costs: Sequence[float]) -> list[int]:
+    """The rank that takes each piece of work: the ranks' sums of costs are about equal. The same on every rank."""
+    load, owners = [0.0] * world_size(), [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = min(range(size()), key=lambda r: load[r])
+        owners[i] = min(range(world_size()), key=lambda r: load[r])
         load[owners[i]] += costs[i]
     return owners

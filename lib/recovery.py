@@ -16,7 +16,7 @@ from .training import Recipe, train
 
 # The best of six recipes on windows held out of the calibration text, for four blocks of one model (docs/log.md). The
 # paper's, 20 epochs at 2e-5 in steps of 8 windows, is not among them.
-RECIPE = Recipe(epochs=1, windows=2, rate=3e-4, floor=0.2)
+RECIPE = Recipe(epochs=1, windows=2, learning_rate=3e-4, min_lr_ratio=0.2)
 
 
 def recover(
@@ -24,20 +24,20 @@ def recover(
     forward: Callable[[int], Tensor],
     wanted: Activations,
     windows: int,
-    others: Iterable[nn.Parameter] = (),
+    frozen: Iterable[nn.Parameter] = (),
 ) -> tuple[float, float]:
     """Train the surviving weights of one block so that `forward(batch)` comes close to `wanted[batch]`, (B, S, d).
 
-    The batches are of this rank's `windows`, as many in each but the last; `others` are the block's other parameters.
+    The batches are of this rank's `windows`, as many in each but the last; `frozen` are the block's other parameters.
     Returns the squared error relative to what is wanted, the mean over the first epoch and over the last
     (lib/training.py says the rest). Nothing of the optimiser outlives the block.
     """
-    squares = list(chain(*ranks.gather([float(batch.float().square().mean()) for batch in wanted])))
+    squares = list(chain(*ranks.all_gather([float(batch.float().square().mean()) for batch in wanted])))
     scale = fmean(squares) or 1.0  # of all ranks, for their gradients are added
 
     def loss(batch: int) -> Tensor:
         return (forward(batch).float() - wanted[batch].float()).square().sum() / scale
 
-    elements = sum(ranks.gather(windows)) * wanted[0][0].numel()
-    found = [total / elements for total in train(matrices, windows, len(wanted[0]), loss, RECIPE, others)]
+    elements = sum(ranks.all_gather(windows)) * wanted[0][0].numel()
+    found = [total / elements for total in train(matrices, windows, len(wanted[0]), loss, RECIPE, frozen)]
     return found[0], found[-1]

@@ -62,8 +62,8 @@ class Route:
     def last_visit(self, block: int) -> int:
         return len(self.visits) - 1 - self.visits[::-1].index(block)
 
-    def wanted(self, leaf: Leaf) -> int:
-        """The last visit whose arguments are made of the leaf; one beyond them for the last hidden state; or -1."""
+    def last_read(self, leaf: Leaf) -> int:
+        """The last visit that reads the leaf; the number of visits where the last hidden state does; -1 for none."""
         return max((visit for visit, leaves in enumerate(self.reads) if leaf in leaves), default=-1)
 
     def call(self, visit: int, block: nn.Module, call: Call) -> list:
@@ -132,7 +132,7 @@ def filled(call: Call, hidden: Tensor) -> Call:
     return args, kwargs
 
 
-class Following(TorchDispatchMode):
+class RouteRecorder(TorchDispatchMode):
     """While active, writes down the route of a forward pass.
 
     Every tensor that the model computes from a block's leaves outside the blocks carries their names.
@@ -144,7 +144,7 @@ class Following(TorchDispatchMode):
         super().__init__()
         self.route, self.calls = Route(), []  # calls: of each visit, without its hidden state
         self.output: Tensor | None = None
-        self.left_behind = False  # whether the model reads what a block has kept somewhere in place of giving it
+        self.reads_block_state = False  # whether the model reads what a block has kept somewhere in place of giving it
         self._model, self._pass = model, next(self._passes)
         self._inside: list[tuple] = []  # what a call that is under way was called with
         self._touched: set[Leaf] = set()
@@ -167,7 +167,7 @@ class Following(TorchDispatchMode):
         number, leaves = getattr(tensor, "_made_of", (None, frozenset()))
         return leaves if number == self._pass else frozenset()
 
-    def _is_left_behind(self, tensor: Tensor) -> bool:
+    def _is_block_state(self, tensor: Tensor) -> bool:
         return getattr(tensor, "_made_inside", None) == self._pass and not self._made_of(tensor)
 
     def _leaf(self, tensor: Tensor) -> Leaf | None:
@@ -183,7 +183,7 @@ class Following(TorchDispatchMode):
             return result
         tensors = list(tensors_in((args, kwargs)))
         made_of = frozenset().union(*map(self._made_of, tensors))
-        self.left_behind |= any(map(self._is_left_behind, tensors))
+        self.reads_block_state |= any(map(self._is_block_state, tensors))
         if made_of:
             self._touched |= made_of
             for tensor in tensors_in(result):
@@ -199,7 +199,7 @@ class Following(TorchDispatchMode):
         if route.visits:
             route.plain &= self._leaf(hidden) == route.end
         route.plain &= not any(made_of)
-        self.left_behind |= any(map(self._is_left_behind, tensors))
+        self.reads_block_state |= any(map(self._is_block_state, tensors))
         route.visits.append(block)
         route.reads.append(frozenset(self._made_of(hidden)).union(*made_of))
         self.calls.append(rest)

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
-from .errors import RunError, one_kind_of_failure
+from .errors import RunError, linalg_errors
 from .masks import Pattern
 from .model import LanguageModel, Matrix
-from .precision import exact_products
+from .precision import exact_matmul
 from .progress import progress
 from .pruners import PRUNERS, Pruner
-from .pruners.asymmetry import aim
+from .pruners.asymmetry import asymmetric_weights
 from .recovery import RECIPE, recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
-from .storage import settle
-from .stream import Beside, Stream
+from .storage import round_to_save_dtypes
+from .stream import DenseReference, Stream
 
 log = logging.getLogger(__name__)
 
 
-@exact_products()
+@exact_matmul()
 def prune_model(
     model: LanguageModel,
     pruner: Pruner,
@@ -43,7 +43,7 @@ def prune_model(
     commit: Callable[[int, dict[str, dict], list[dict]], None] | None = None,
     asymmetry: float = 0.0,
     recovery: bool = False,
-    counted: int | None = None,
+    stats_windows: int | None = None,
     row_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
@@ -54,7 +54,7 @@ def prune_model(
     run through; `commit(block, statistics, events)` is called when one more is. With `asymmetry` every matrix is first
     aimed at that part of the way to the dense model's output (lib/pruners/asymmetry.py); with `recovery` the weights
     that every block has left are trained towards the dense block's output (lib/recovery.py), on all of the windows,
-    while statistics are taken of the first `counted` only. row_weights, by matrix name (out,), multiply each output's
+    while statistics are of the first `stats_windows` only. row_weights, by matrix name (out,), multiply each output's
     error in what the pruner minimises (lib/fisher.py). Raises RunError with the matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
@@ -62,10 +62,10 @@ def prune_model(
     needs = pruner.needs if asked else "nothing"
     if recovery and asked:
         needs = "diagonal" if needs == "nothing" else needs
-        batch_size = RECIPE.batch(batch_size, counted or 0)
+        batch_size = RECIPE.batch(batch_size, stats_windows or 0)
     steps = walk(
         model, windows, needs, batch_size=batch_size, clock=clock, store=store, done=done,
-        cross=asymmetry > 0, dense=recovery or asymmetry > 0, counted=counted,
+        cross=asymmetry > 0, dense=recovery or asymmetry > 0, stats_windows=stats_windows,
     )  # fmt: skip
     seen: dict[str, dict] = {}  # of the block, what a commit records of its statistics
     found: list[dict] = []
@@ -80,10 +80,10 @@ def prune_model(
                     rows = row_weights[matrix.name] if row_weights else None
                     _prune_matrix(
                         matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, asymmetry, rows, found,
-                        step.unseen.get(matrix.name),
+                        step.no_stats.get(matrix.name),
                     )  # fmt: skip
             for matrix, owner in zip(matrices, owners, strict=True):
-                matrix.write(ranks.send_around(matrix.weight, owner))
+                matrix.write(ranks.broadcast(matrix.weight, owner))
         if commit is not None:
             seen |= {name: one.summary() for name, one in stats.items()}
         stats.clear()  # they may be gigabytes, and the next are about to be gathered
@@ -92,12 +92,13 @@ def prune_model(
         if recovery and step.dense is not None and (whole := model.matrices_of(block)):
             with clock("recover"):
                 weights = {matrix.stored for matrix in whole}
-                others = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
+                frozen = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
                 forward = functools.partial(step.stream.output, step.visit)
-                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, others)
+                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, frozen)
             log.info("block %d: error %.4f of the dense output, %.4f after training", block + 1, first, final)
-        found = [event for events_of_rank in ranks.gather(found) for event in events_of_rank]
-        for message in settle(model.block_state(block), model.saved_as):  # so that the next block reads what is saved
+        found = [event for events_of_rank in ranks.all_gather(found) for event in events_of_rank]
+        # So that the next block reads what is saved.
+        for message in round_to_save_dtypes(model.block_state(block), model.save_dtypes):
             log.warning("%s", message)
             found.append({"matrix": None, "message": message})
         events += found
@@ -113,7 +114,7 @@ def _owners(matrices: list[Matrix], stats: dict[str, InputStats]) -> list[int]:
     costs: dict[int, float] = {}
     for matrix, key in zip(matrices, shared, strict=True):
         costs[key] = costs.get(key, 0.0) + matrix.size * matrix.shape[1]
-    owner = dict(zip(costs, ranks.deal(list(costs.values())), strict=True))
+    owner = dict(zip(costs, ranks.balance(list(costs.values())), strict=True))
     return [owner[key] for key in shared]
 
 
@@ -126,7 +127,7 @@ def _prune_matrix(
     asymmetry: float,
     rows: Tensor | None,
     events: list[dict],
-    unseen: str | None = None,
+    no_stats: str | None = None,
 ) -> None:
     def note(message: str) -> None:
         log.warning("%s: %s", matrix.name, message)
@@ -134,9 +135,9 @@ def _prune_matrix(
 
     weight = matrix.weight
     pattern = pattern.on(weight)
-    forced = pattern.forced(target)
-    if forced > round(target * matrix.size):
-        share = forced / matrix.size
+    least = pattern.min_zeros(target)
+    if least > round(target * matrix.size):
+        share = least / matrix.size
         note(f"zeros that are there already make it {share:.4f} sparse, more than its target of {target:.4f}")
     if target == 0:
         return
@@ -144,12 +145,12 @@ def _prune_matrix(
     if not math.isfinite(largest):
         raise _not_finite(matrix, "its calibration input holds", "the model as pruned so far yields them")
     if pruner.needs != "nothing" and (stats is None or largest == 0):
-        note(f"{unseen if stats is None else 'its input is always zero'}; pruned by magnitude")
+        note(f"{no_stats if stats is None else 'its input is always zero'}; pruned by magnitude")
         pruner, stats, rows = PRUNERS["magnitude"], None, None
     try:
-        with one_kind_of_failure():
+        with linalg_errors():
             if asymmetry and stats is not None:
-                weight = aim(weight, stats, asymmetry)
+                weight = asymmetric_weights(weight, stats, asymmetry)
             if rows is None:
                 weight = pruner.prune(weight, stats, target, pattern)
             else:
@@ -179,7 +180,7 @@ class Step:
     """The turn of one block, or of one stage of it: it is resident, and these matrices may be changed.
 
     stats   of their inputs, by name, over all blocks that share them; a matrix that saw no token on any rank has none
-    unseen  name -> why it has none
+    no_stats  name -> why it has none
     visit   the stream's call of the block that this is, its last
     last    whether this is all of the block that is left
     stream  the calibration windows, about to enter the block; None where no token is run
@@ -189,7 +190,7 @@ class Step:
     block: int
     matrices: list[Matrix]
     stats: dict[str, InputStats]
-    unseen: dict[str, str]
+    no_stats: dict[str, str]
     visit: int
     last: bool = True
     stream: Stream | None = None
@@ -207,7 +208,7 @@ def walk(
     done: int = 0,
     dense: bool = False,
     cross: bool = False,
-    counted: int | None = None,
+    stats_windows: int | None = None,
 ) -> Iterator[Step]:
     """Yield a step for each block from `done` to the last; what one changes, the next one's inputs come from.
 
@@ -215,27 +216,29 @@ def walk(
     statistics of all uses; until then it is as it was. The blocks before `done` are run through as they are. With needs
     "nothing" no token is run. With `dense` the windows also go through the unchanged blocks, and with `cross` the
     statistics hold how the two belong together; a block then comes in stages, each with the inputs that the stages
-    before have left it. Statistics are of the first `counted` windows only, whole batches of every rank.
+    before have left it. Statistics are of the first `stats_windows` windows only, whole batches of every rank.
     """
     clock = clock or Stopwatch()
-    stream = beside = None
+    stream = dense_stream = None
     if needs != "nothing":
         with clock("calibrate"):
-            stream = Stream(model, ranks.mine(windows), batch_size, store, counted=len(ranks.mine(windows[:counted])))
-            beside = stream.copy() if dense else None
+            stream = Stream(
+                model, ranks.shard(windows), batch_size, store, stats_windows=len(ranks.shard(windows[:stats_windows]))
+            )
+            dense_stream = stream.copy() if dense else None
     held: dict[str, InputStats] = {}  # by name, of the uses met so far
-    unseen: dict[str, str] = {}
+    no_stats: dict[str, str] = {}
     visits = list(enumerate(stream.visits)) if stream else [(block, block) for block in range(done, len(model.blocks))]
 
-    def collect(visit: int, uses: list[Matrix], twin: Beside | None) -> None:
+    def collect(visit: int, uses: list[Matrix], reference: DenseReference | None) -> None:
         bar.set_description("statistics")
         with clock("calibrate"), clock("statistics"):
-            found, missing = stream.collect(visit, uses, needs, twin)
+            found, missing = stream.collect(visit, uses, needs, reference)
             held.update(_both(held, _over_ranks(found, uses, needs, cross)))
-            unseen.update(missing)
+            no_stats.update(missing)
 
     def advance(one: Stream, visit: int, part: str) -> None:
-        if visit + 1 < len(visits) or one is beside:
+        if visit + 1 < len(visits) or one is dense_stream:
             bar.set_description(part)
             with clock("calibrate"), clock(part):
                 one.advance(visit)
@@ -246,36 +249,36 @@ def walk(
             uses = model.uses_in(block)
             again = [use for use, matrix in uses if matrix.block >= max(done, block + ends)]  # by a later visit
             if not (ends and block >= done):  # nothing is pruned: what is, was when its last visit came
-                if again or beside is not None or not ends:
-                    with model.resident_block(block, upto=-1):
+                if again or dense_stream is not None or not ends:
+                    with model.resident_block(block, pruned_upto=-1):
                         if again:
-                            collect(visit, again, Beside(beside, visit) if cross else None)
-                        if beside is not None:
-                            advance(beside, visit, "dense")
+                            collect(visit, again, DenseReference(dense_stream, visit) if cross else None)
+                        if dense_stream is not None:
+                            advance(dense_stream, visit, "dense")
                         if not ends:
                             advance(stream, visit, "propagation")
                 if ends:
-                    with model.resident_block(block, upto=block):
+                    with model.resident_block(block, pruned_upto=block):
                         advance(stream, visit, "propagation")
                 continue
             with model.resident_block(block):
-                if beside is not None and not cross:
-                    advance(beside, visit, "dense")
+                if dense_stream is not None and not cross:
+                    advance(dense_stream, visit, "dense")
                 matrices = model.matrices_of(block)
                 last_uses = [use for use, matrix in uses if matrix.block == block]
-                twin = Beside(beside, visit) if cross and stream else None
-                stages = stream.stages(visit, last_uses) if twin else [last_uses]
+                reference = DenseReference(dense_stream, visit) if cross and stream else None
+                stages = stream.stages(visit, last_uses) if reference else [last_uses]
                 turn = {use.name: index for index, stage in enumerate(stages) for use in stage}
                 for index, stage in enumerate(stages):
                     last = index == len(stages) - 1
-                    if twin is not None and last:
-                        twin.advances, twin.writer = True, stream.writer(visit, stage)
+                    if reference is not None and last:
+                        reference.advances, reference.residual_writer = True, stream.residual_writer(visit, stage)
                     if stream is not None:
-                        collect(visit, stage if index else stage + again, twin)
+                        collect(visit, stage if index else stage + again, reference)
                     bar.set_description("pruning")
                     now = [matrix for matrix in matrices if turn[matrix.name] == index]
                     stats = {matrix.name: held.pop(matrix.name) for matrix in now if matrix.name in held}
-                    yield Step(block, now, stats, unseen, visit, last, stream, beside)
+                    yield Step(block, now, stats, no_stats, visit, last, stream, dense_stream)
                     del stats
                 if stream is not None:
                     advance(stream, visit, "propagation")
@@ -291,26 +294,26 @@ def _both(held: dict[str, InputStats], found: dict[str, InputStats]) -> dict[str
             continue
         pair = id(held[name]), id(stats)
         if pair not in sums:
-            sums[pair] = held[name].plus(stats)
+            sums[pair] = held[name].merged(stats)
         result[name] = sums[pair]
     return result
 
 
 def _over_ranks(stats: dict[str, InputStats], matrices: list[Matrix], needs: str, cross: bool) -> dict[str, InputStats]:
     """The statistics summed over the ranks, each of which saw its own windows."""
-    if ranks.size() == 1:
+    if ranks.world_size() == 1:
         return stats
     readers: dict[int, list[str]] = {}
     for matrix in matrices:
         if matrix.name in stats:
             readers.setdefault(id(stats[matrix.name]), []).append(matrix.name)
     # An expert may have seen tokens on some ranks only; what is read together is the same on all that saw any.
-    together = {tuple(names): None for each in ranks.gather([*readers.values()]) for names in each}
+    together = {tuple(names): None for each in ranks.all_gather([*readers.values()]) for names in each}
     matrix_of = {matrix.name: matrix for matrix in matrices}
     summed = {}
     for names in together:
         matrix = matrix_of[names[0]]
         one = stats.get(names[0]) or InputStats.empty(needs, matrix.shape[1], matrix.weight.device, cross)
-        one.add_up(ranks.add_up)
+        one.all_reduce(ranks.all_reduce)
         summed |= dict.fromkeys(names, one)
     return summed

@@ -20,7 +20,7 @@ from . import quantized
 from .activations import Store
 from .checkpoints import PLAIN, headers, opened
 from .errors import RunError
-from .memory import is_finite, return_freed_memory
+from .memory import is_finite, trim_heap
 from .model import LanguageModel, Matrix
 
 ROWS_AT_ONCE = 4096  # of two embeddings that are compared
@@ -207,8 +207,8 @@ def _get(model: nn.Module, name: str) -> torch.Tensor:
 class ShardedModel(LanguageModel):
     """A LanguageModel whose blocks have values only while they are resident.
 
-    What is not in a block (embeddings, norms, head) has none before `load_rest`. Blocks that were pruned and written
-    elsewhere are read from there once `replace` says so.
+    What is not in a block (embeddings, norms, head) has none before `load_non_blocks`. Blocks that were pruned and
+    written elsewhere are read from there once `replace` says so.
     """
 
     streamed = True
@@ -223,7 +223,7 @@ class ShardedModel(LanguageModel):
         self._shards = shards
         self._replaced: dict[int, Shards] = {}  # block -> where it is read from instead
         self._held: set[str] = set()  # what keeps its values for good
-        self._on_trial: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
+        self._trial_values: dict[str, torch.Tensor] = {}  # parameter of a changed block -> its value for now
         self._paths = {id(module): path for path, module in model.named_modules()}
         state = list(model.state_dict())
         inside = [tuple(name for name in state if name.startswith(f"{block}.")) for block in self.block_names]
@@ -235,17 +235,17 @@ class ShardedModel(LanguageModel):
         self._aliases = {name: found for found in names.values() if len(found) > 1 for name in found}
         blocks = {name: index for index, held in self._inside.items() for name in held}
         self._last_block = {name: max(blocks.get(n, -1) for n in self._names(name)) for name in blocks}
-        self._rest = sorted({*state}.difference(*inside), key=state.index)
+        self._non_block_names = sorted({*state}.difference(*inside), key=state.index)
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def load_rest(self) -> None:
+    def load_non_blocks(self) -> None:
         """Read everything outside the blocks, to stay. Raises RunError where the files lack anything of the model, and
         where a block shares any of what is outside.
         """
-        outside = {alias: name for name in self._rest for alias in self._names(name)}
+        outside = {alias: name for name in self._non_block_names for alias in self._names(name)}
         if shared := next((name for name in self._last_block if name in outside), None):
             raise RunError(
                 f"--stream: {shared} is also {outside[shared]}, outside the blocks, and cannot come and go with its "
@@ -254,7 +254,8 @@ class ShardedModel(LanguageModel):
         self._shards.check(whole=True)
         tied, held = self.model.all_tied_weights_keys or {}, self._shards.holds
         follow = {target if held(source) else source for target, source in tied.items()}  # get their value by the tie
-        for name in self._rest:  # one by one, since what is read of a file counts as memory until it is closed
+        # One by one: what is read of a file counts as memory until the file is closed.
+        for name in self._non_block_names:
             if name not in follow:
                 self._shards.read([name], self._device)
         self.model.tie_weights(missing_keys=set(follow), recompute_mapping=False)
@@ -277,10 +278,10 @@ class ShardedModel(LanguageModel):
         """From now on read these blocks from other files."""
         self._replaced |= dict.fromkeys(blocks, Shards(self.model, files, self.name))
 
-    def _place(self, name: str, upto: int | None) -> tuple[Shards, str]:
+    def _place(self, name: str, pruned_upto: int | None) -> tuple[Shards, str]:
         """Where what is called `name` is read from, and its name there."""
         last = self._last_block[name]
-        replaced = None if upto is not None and last > upto else self._replaced.get(last)
+        replaced = None if pruned_upto is not None and last > pruned_upto else self._replaced.get(last)
         for shards in filter(None, (replaced, self._shards)):
             for alias in self._names(name):
                 if shards.holds(alias):
@@ -288,22 +289,22 @@ class ShardedModel(LanguageModel):
         return self._shards, name
 
     @contextmanager
-    def _resident(self, names: list[str], upto: int | None = None):
-        places = {name: self._place(name, upto) for name in names if name not in self._held}
+    def _resident(self, names: list[str], pruned_upto: int | None = None):
+        places = {name: self._place(name, pruned_upto) for name in names if name not in self._held}
         try:
             for shards in {shards for shards, _ in places.values()}:
                 shards.read(dict.fromkeys(alias for where, alias in places.values() if where is shards), self._device)
             for name, (_, alias) in places.items():
                 _set(self.model, name, _get(self.model, alias))
-                if upto is None and alias in self._on_trial:
-                    _get(self.model, alias).copy_(self._on_trial[alias])
+                if pruned_upto is None and alias in self._trial_values:
+                    _get(self.model, alias).copy_(self._trial_values[alias])
             yield
         finally:
             self._shards.drop({*places, *(alias for _, alias in places.values())} - self._held)
             for name in places:  # one still, though mostly without values
                 for alias in self._names(name):
                     _set(self.model, alias, _get(self.model, name))
-            return_freed_memory()
+            trim_heap()
 
     @contextmanager
     def resident(self, matrices: list[Matrix]):
@@ -312,8 +313,8 @@ class ShardedModel(LanguageModel):
             yield
 
     @contextmanager
-    def resident_block(self, index: int, upto: int | None = None):
-        with self._resident(self._inside[index], upto):
+    def resident_block(self, index: int, pruned_upto: int | None = None):
+        with self._resident(self._inside[index], pruned_upto):
             yield
 
     @contextmanager
@@ -322,14 +323,14 @@ class ShardedModel(LanguageModel):
             last = {self._names(name)[0] for name in self._inside[index] if self._last_block[name] == index}
             for name in last:
                 value = _get(self.model, name)
-                self._on_trial |= dict.fromkeys(self._names(name), store.copy(value) if store else value.clone())
+                self._trial_values |= dict.fromkeys(self._names(name), store.copy(value) if store else value.clone())
 
         try:
             yield changed
         finally:
-            self._on_trial = {}
+            self._trial_values = {}
 
-    def hold(self, names: Iterable[str]) -> None:
+    def keep_resident(self, names: Iterable[str]) -> None:
         for name in names:
             value = _get(self.model, name)
             own = value.detach().clone()  # and no view of a file, all of which would count as memory

@@ -1,4 +1,4 @@
-"""What calibration remembers of the tensor that a matrix reads."""
+"""Input statistics of a matrix over the calibration set: X^T X or its diagonal."""
 
 from collections.abc import Callable
 
@@ -39,12 +39,12 @@ class InputStats:
 
     @classmethod
     def empty(cls, needs: str, columns: int, device: torch.device, cross: bool = False) -> "InputStats":
-        """Of an input of that width which no token has reached."""
+        """The statistics of an input of that width before any token."""
         stats = cls(needs, cross)
         stats.add(torch.empty(0, columns, device=device))
         return stats
 
-    def add_up(self, over_ranks: Callable[[Tensor], None]) -> None:
+    def all_reduce(self, over_ranks: Callable[[Tensor], None]) -> None:
         """Replace every sum by `over_ranks` of it (in place)."""
         tokens = torch.tensor([self.tokens, self.paired], dtype=torch.float64)
         over_ranks(tokens)
@@ -74,8 +74,8 @@ class InputStats:
                 self.sum_squares = x.new_zeros(x.shape[1])
             self.sum_squares += x.square().sum(0)
 
-    def plus(self, other: "InputStats") -> "InputStats":
-        """Over the tokens of both, each finished; neither may hold a residual."""
+    def merged(self, other: "InputStats") -> "InputStats":
+        """The statistics over the tokens of both, each finished; neither may hold a residual."""
         both = InputStats(self.needs, self._wants_cross)
         both.tokens, both.paired = self.tokens + other.tokens, self.paired + other.paired
         if self.gram is None:
@@ -95,10 +95,10 @@ class InputStats:
     def finish(self) -> None:
         """Call once all tokens are in: completes the symmetric matrix."""
         if self.gram is not None:
-            mirror(self.gram)
+            symmetrize(self.gram)
 
     def summary(self) -> dict:
-        """What a run records of them."""
+        """A summary for the journal."""
         return {"tokens": self.tokens, "sum_squares": float(self.sum_squares.sum())}
 
     def derive(self, function: Callable[["InputStats"], object]) -> object:
@@ -125,7 +125,7 @@ def add_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
         gram[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:])
 
 
-def mirror(gram: Tensor, blocks: int = 8) -> None:
+def symmetrize(gram: Tensor, blocks: int = 8) -> None:
     """Copy what lies above the diagonal of (in, in) below it, part by part: a whole copy of it may be gigabytes."""
     width = -(-len(gram) // blocks)
     for begin in range(0, len(gram), width):

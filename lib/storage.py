@@ -12,14 +12,14 @@ from .errors import RunError
 AT_ONCE = 2**22  # elements of a tensor that are copied at a time: embeddings may be the largest there is
 
 
-def settle(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> Iterator[str]:
+def round_to_save_dtypes(state: Mapping[str, Tensor], save_dtypes: Mapping[str, torch.dtype]) -> Iterator[str]:
     """Round every tensor, in place, to the values of the dtype that it is saved in, so that what is measured of the
-    model holds for its checkpoint. Yields what is worth saying.
+    model holds for its checkpoint. Yields a message for each tensor that lost values.
 
     Raises RunError for values beyond what the dtype can hold.
     """
     for name, tensor in state.items():
-        dtype = saved_as.get(name, tensor.dtype)
+        dtype = save_dtypes.get(name, tensor.dtype)
         if not tensor.is_floating_point() or torch.promote_types(dtype, tensor.dtype) == dtype:
             continue
         label, beyond, lost = str(dtype).removeprefix("torch."), 0, 0
@@ -39,14 +39,14 @@ def settle(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> 
 
 
 @contextmanager
-def held_as_saved(model: nn.Module, saved_as: Mapping[str, torch.dtype]):
-    """While all that has values in a model, settled, lies in the smaller types that it is saved in, so that what is
-    written is no second copy of it.
+def held_in_save_dtypes(model: nn.Module, save_dtypes: Mapping[str, torch.dtype]):
+    """While parameters and buffers of a rounded model are held in the dtypes that they are saved in, where these are
+    smaller: writing needs no second copy.
     """
     wide = []
     try:
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-            saved = saved_as.get(name, tensor.dtype)
+            saved = save_dtypes.get(name, tensor.dtype)
             if tensor.is_floating_point() and not tensor.is_meta and saved.itemsize < tensor.dtype.itemsize:
                 wide.append((tensor, tensor.dtype))
                 tensor.data = tensor.data.to(saved)
@@ -56,11 +56,11 @@ def held_as_saved(model: nn.Module, saved_as: Mapping[str, torch.dtype]):
             tensor.data = tensor.data.to(dtype)
 
 
-def as_saved(state: Mapping[str, Tensor], saved_as: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """The tensors on the CPU in the dtypes that they are saved in; what shares storage still does."""
+def in_save_dtypes(state: Mapping[str, Tensor], save_dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The tensors on the CPU in the dtypes that they are saved in; tensors that share storage still do."""
     made, cast = {}, {}
     for name, tensor in state.items():
-        dtype = saved_as.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+        dtype = save_dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), dtype)
         made[name] = cast.setdefault(key, tensor.to("cpu", dtype))
     return made

@@ -15,34 +15,34 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from . import ranks
 from .activations import Activations, Store
-from .calls import Call, same_tensors, same_values, share
+from .calls import Call, same_tensors, same_values, share_tensors
 from .collector import Collector
 from .errors import RunError
 from .model import LanguageModel, Matrix
 from .progress import progress
-from .route import Containers, Following, Leaf, Route, filled, split
+from .route import Containers, Leaf, Route, RouteRecorder, filled, split
 from .stats import InputStats
 
 ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
 
 
-class Beside:
-    """The dense model beside one block that is pruned in stages: its stream, and a copy of the block as it was.
+class DenseReference:
+    """The dense reference of one block that is pruned in stages: the dense model's stream, and a copy of the block.
 
-    advances  whether the stream leaves the block with the next statistics: with those of the last stage
-    writer    the matrix whose output the block adds last, to what is then the block's output; None where there is no
-              such one
+    advances         whether the stream leaves the block with the next statistics: those of the last stage
+    dense_modules    module of the block -> its dense copy
+    residual_writer  the matrix whose output the block adds last, to the residual stream; None where there is none
     """
 
     def __init__(self, stream: "Stream", visit: int):
         self.stream, self._visit, self.advances = stream, visit, False
-        self.writer: Matrix | None = None
+        self.residual_writer: Matrix | None = None
         module = stream.block(visit)
         self._module = copy.deepcopy(module)
-        self.twins = dict(zip(module.modules(), self._module.modules(), strict=True))
+        self.dense_modules = dict(zip(module.modules(), self._module.modules(), strict=True))
 
     def leaves(self, batch: int) -> list:
-        """What the dense block gives for one batch."""
+        """The dense block's output leaves for one batch."""
         return self.stream.leaves(self._visit, batch, self._module)
 
 
@@ -60,18 +60,18 @@ class Stream:
     route    the visits in order, each a call of one block, and what goes from one to the other
     hidden   the hidden state that the last visit gave
     batches  the windows (B, S)
-    windows  how many there are; statistics are of the first `counted` only
+    windows  how many there are; statistics are of the first `stats_windows` only
 
     What no later visit reads makes room for what comes, unless the stream is to `keep` all.
     """
 
     def __init__(
         self, model: LanguageModel, windows: Tensor | Sequence[Tensor], batch_size: int = 1, store: Store | None = None,
-        route: Route | None = None, keep: bool = False, counted: int | None = None,
+        route: Route | None = None, keep: bool = False, stats_windows: int | None = None,
     ):  # fmt: skip
         self.model, self.batches, self._store, self._keep = model, _batches(windows, batch_size), store, keep
         self.windows = sum(map(len, self.batches))
-        self._counted = len(self.batches) if counted is None else -(-counted // batch_size)
+        self._stats_batches = len(self.batches) if stats_windows is None else -(-stats_windows // batch_size)
         self.route = _follow(model, self.batches[0][:1]) if route is None else route
         self.hidden = Activations(model.device, _as_many_as_the_first(self.batches), store)
         self._held: dict[Leaf, Activations] = {ENTRY: self.hidden}  # what the model goes on with
@@ -94,7 +94,7 @@ class Stream:
         """
         if not self._calls:
             return calls
-        shared, first = share(calls, self._calls[0]), self._calls[0]
+        shared, first = share_tensors(calls, self._calls[0]), self._calls[0]
         if self._store is None:
             return shared
         return [call if same_tensors(call, old) else None for call, old in zip(shared, first, strict=True)]
@@ -108,7 +108,7 @@ class Stream:
         return self.model.blocks[self.visits[visit]]
 
     def copy(self) -> "Stream":
-        """Another stream of the same windows, at the same place."""
+        """Another stream of the same windows, at the same visit."""
         other = copy.copy(self)
         other.hidden = self.hidden.copy()
         other._held = {leaf: other.hidden if held is self.hidden else held.copy() for leaf, held in self._held.items()}
@@ -133,12 +133,12 @@ class Stream:
         return filled(kept, given(self._output_of(visit - 1), batch))
 
     def given(self, leaf: Leaf, batch: int) -> Tensor | None:
-        """What was received of it, where that is still held."""
+        """The value of a leaf that was received and is still held, else None."""
         held = self._held.get(leaf)
         return None if held is None or batch >= len(held) else held[batch]
 
     def leaves(self, visit: int, batch: int, block: nn.Module | None = None) -> list:
-        """What the visit gives for one batch; with another block in the place of the model's."""
+        """The visit's output leaves for one batch; `block` stands in for the model's own."""
         return self.route.call(visit, block or self.block(visit), self.arguments(visit, batch))
 
     def output(self, visit: int, batch: int) -> Tensor:
@@ -146,74 +146,75 @@ class Stream:
         return self.leaves(visit, batch)[self.route.hidden[visit]]
 
     def receive(self, visit: int, batch: int, leaves: list) -> None:
-        """Keep of what a visit gave what the model goes on with."""
+        """Keep those of a visit's output leaves that later visits read."""
         if batch == 0:
-            self._make_room(visit)
+            self._allocate(visit)
         for place, value in enumerate(leaves):
             if (visit, place) in self._held:
                 self._held[visit, place].put(batch, value)
 
-    def forget(self, visit: int) -> None:
-        """Let go of what a visit gave, of a stream that keeps all."""
+    def release(self, visit: int) -> None:
+        """Free a visit's output leaves, in a stream that keeps all."""
         self._held = {leaf: held for leaf, held in self._held.items() if leaf[0] != visit}
 
     def _output_of(self, visit: int) -> Leaf:
         return ENTRY if visit < 0 else self.route.output_of(visit)
 
-    def _wanted(self, leaf: Leaf) -> int:
-        return 0 if leaf == ENTRY else self.route.wanted(leaf)
+    def _last_read(self, leaf: Leaf) -> int:
+        return 0 if leaf == ENTRY else self.route.last_read(leaf)
 
-    def _make_room(self, visit: int) -> None:
-        """Places for what this visit gives, if need be those of what is wanted no more once it has its arguments."""
+    def _allocate(self, visit: int) -> None:
+        """Allocate the visit's output leaves; reuses the buffers of leaves that no later visit reads."""
         free = []
         if not self._keep:
-            self._held = {leaf: held for leaf, held in self._held.items() if self._wanted(leaf) >= visit}
-            free = [held for leaf, held in self._held.items() if self._wanted(leaf) == visit]
+            self._held = {leaf: held for leaf, held in self._held.items() if self._last_read(leaf) >= visit}
+            free = [held for leaf, held in self._held.items() if self._last_read(leaf) == visit]
         for place, like in enumerate(self.route.leaves[visit]):
             leaf = visit, place
-            if leaf in self.route.same_as or not (self._wanted(leaf) > visit or leaf == self._output_of(visit)):
+            if leaf in self.route.same_as or not (self._last_read(leaf) > visit or leaf == self._output_of(visit)):
                 continue
-            found = next((held for held in free if held.alike(like)), None)
+            found = next((held for held in free if held.same_layout(like)), None)
             free = [held for held in free if held is not found]
-            self._held[leaf] = found or self.hidden.empty()
+            self._held[leaf] = found or self.hidden.new_empty()
         self.hidden = self._held[self._output_of(visit)]
 
     @torch.no_grad()
     def collect(
-        self, visit: int, matrices: list[Matrix], needs: str, dense: "Beside | None" = None
+        self, visit: int, matrices: list[Matrix], needs: str, dense: "DenseReference | None" = None
     ) -> tuple[dict[str, InputStats], dict[str, str]]:
         """Run every batch through the block as it stands and return these matrices' inputs' statistics by name, and
         of those that have none why.
 
         What they read in the `dense` model, for the same tokens, goes into the cross Gram.
         """
-        writer = dense.writer if dense is not None and dense.writer in matrices else None
-        collector = Collector(matrices, needs, cross=dense is not None, whole=writer is not None)
+        residual_writer = dense.residual_writer if dense is not None and dense.residual_writer in matrices else None
+        collector = Collector(matrices, needs, cross=dense is not None, whole=residual_writer is not None)
         module, hidden = self.block(visit), self.route.hidden[visit]
-        for batch in range(self._counted):
-            with _watched([writer.module, dense.twins[writer.module]] if writer else []) as calls:
+        watched = [residual_writer.module, dense.dense_modules[residual_writer.module]] if residual_writer else []
+        for batch in range(self._stats_batches):
+            with _watched(watched) as calls:
                 if dense is not None:
-                    with collector.reference(dense.twins, dense.advances):
-                        beside = dense.leaves(batch)
+                    with collector.reference(dense.dense_modules, dense.advances):
+                        dense_leaves = dense.leaves(batch)
                 with collector.batch(module):
                     output = self.output(visit, batch)
-            if batch == 0 and collector.missed:
-                with collector.uncalled():
+            if batch == 0 and collector.not_called:
+                with collector.watch_products():
                     self.output(visit, batch)
-            if writer is not None:
-                (x, written), (_, written_beside) = calls[writer.module], calls[dense.twins[writer.module]]
-                gap = (beside[hidden] - output).flatten(0, -2)
-                gap -= (written_beside - written).flatten(0, -2)  # before it wrote
-                collector.stats[writer.name].add_residual(gap, x)
+            if residual_writer is not None:
+                (x, written), (_, dense_written) = map(calls.get, watched)
+                gap = (dense_leaves[hidden] - output).flatten(0, -2)
+                gap -= (dense_written - written).flatten(0, -2)  # before it wrote
+                collector.stats[residual_writer.name].add_residual(gap, x)
             if dense is not None and dense.advances:
-                dense.stream.receive(visit, batch, beside)
+                dense.stream.receive(visit, batch, dense_leaves)
         if dense is not None and dense.advances:
-            for batch in range(self._counted, len(self)):
+            for batch in range(self._stats_batches, len(self)):
                 dense.stream.receive(visit, batch, dense.leaves(batch))
-        return collector.finish(), collector.reasons(module)
+        return collector.finish(), collector.missing_reasons(module)
 
     @torch.no_grad()
-    def writer(self, visit: int, stage: list[Matrix]) -> Matrix | None:
+    def residual_writer(self, visit: int, stage: list[Matrix]) -> Matrix | None:
         """The one matrix of the stage, if the block's output is its output added to something that ignores it."""
         if len(stage) != 1 or stage[0].expert is not None or not self._used_once(stage[0], visit):
             return None
@@ -230,7 +231,7 @@ class Stream:
         added = nudges[0].flatten(0, -2).float()
         # In half precision the sum is rounded; anything but a plain sum is further off than that.
         plain = added.shape == moved.shape and float((moved - added).norm() / added.norm()) < 0.02
-        return stage[0] if ranks.from_first(lambda: plain) else None
+        return stage[0] if ranks.from_main(lambda: plain) else None
 
     def _used_once(self, matrix: Matrix, visit: int) -> bool:
         whole = [m for m in self.model.matrices if m.name == matrix.name]
@@ -238,7 +239,7 @@ class Stream:
 
     @torch.no_grad()
     def stages(self, visit: int, matrices: list[Matrix]) -> list[list[Matrix]]:
-        """The matrices of a block by the order in which a pass reads their inputs.
+        """The matrices of a block in the order in which a forward pass reads their inputs.
 
         Together are those that read the same tensor, and all experts' of one kind; the same on every rank.
         """
@@ -260,7 +261,7 @@ class Stream:
             for module in dict.fromkeys(matrix.module for matrix in matrices):
                 stack.callback(module.register_forward_pre_hook(reached, with_kwargs=True).remove)
             self.output(visit, 0)
-        stage_of_kind = ranks.from_first(lambda: stage_of_kind)
+        stage_of_kind = ranks.from_main(lambda: stage_of_kind)
         last = max(stage_of_kind.values(), default=0)
         stages: list[list[Matrix]] = [[] for _ in range(last + 1)]
         for matrix in matrices:
@@ -274,7 +275,7 @@ class Stream:
             self.receive(visit, batch, self.leaves(visit, batch))
 
     @torch.no_grad()
-    def finish(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch's tokens (B, S) and last hidden state (B, S, d), once it made every visit."""
         for batch, tokens in enumerate(self.batches):
             _, last = self.route.calls(self.model, tokens, lambda leaf, batch=batch: self.given(leaf, batch))
@@ -291,20 +292,20 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
         what = f"--model {model.name}: {type(model.model).__name__} cannot be pruned block by block"
         return BlockwiseError(f"{what}: {why}; prune it with magnitude{', without --stream' if model.streamed else ''}")
 
-    following = Following(model)
-    with _resident_in_forward(model), model.unchanged(), following:
+    recorder = RouteRecorder(model)
+    with _resident_in_forward(model), model.unchanged(), recorder:
         last = model.hidden_states(window)
-    if following.left_behind:
+    if recorder.reads_block_state:
         raise refusal("it reads what its blocks keep, which belongs to the window that they saw last")
-    if missed := set(range(len(model.blocks))) - set(following.route.visits):
+    if missed := set(range(len(model.blocks))) - set(recorder.route.visits):
         raise refusal(f"its forward pass does not reach block {min(missed)}")
-    route = following.end(last)
+    route = recorder.end(last)
     order = [route.last_visit(block) for block in range(len(model.blocks))]
     if order != sorted(order):
         raise refusal("its forward pass ends with its blocks in another order than they stand in")
     if route.plain:
-        calls, found = route.calls(model, window, lambda leaf: following.output if leaf == route.end else None)
-        same = same_values([split(call)[1] for call in calls], following.calls)
+        calls, found = route.calls(model, window, lambda leaf: recorder.output if leaf == route.end else None)
+        same = same_values([split(call)[1] for call in calls], recorder.calls)
     else:
         same, found = _go_along(model, window, route)
     if not (same and same_values(found, last)):
@@ -332,7 +333,7 @@ def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool,
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(block.register_forward_hook(after).remove)
         model.hidden_states(window)
-    return same, next(stream.finish())[1]
+    return same, next(stream.outputs())[1]
 
 
 @contextmanager
@@ -360,7 +361,7 @@ def last_hidden_states(
     for visit, block in enumerate(progress(stream.visits, "evaluation", "block")):
         with model.resident_block(block):
             stream.advance(visit)
-    yield from stream.finish()
+    yield from stream.outputs()
 
 
 def _batches(windows: Tensor | Sequence[Tensor], batch_size: int) -> Sequence[Tensor]:

@@ -28,7 +28,7 @@ MARKS = {  # those of UTF-32 before UTF-16, with which one of them begins
 LOOK = 4096  # bytes at the beginning by which a file's form is told
 
 
-def form(path: Path) -> str | None:
+def file_format(path: Path) -> str | None:
     """Which of SUFFIXES the file's name ends in, packed or not; None for any other."""
     bare = path.with_suffix("") if path.suffix in PACKED else path
     packed_itself = bare.suffix == ".parquet" and bare != path
@@ -41,19 +41,19 @@ def rows(asked: str, path: Path, split: str) -> Iterable[Row]:
     """
     if path.is_dir():
         return _Saved(asked, path, split)
-    if form(path) == ".txt":
+    if file_format(path) == ".txt":
         return list(filter(None, [_whole(asked, path)]))
     lines = (line for line in _lines(asked, path) if not line.isspace())
     return (_row(asked, number, _parsed(asked, number, line)) for number, line in enumerate(lines))
 
 
-def numbered(asked: str, path: Path, split: str) -> Sequence[Row]:
+def indexed_rows(asked: str, path: Path, split: str) -> Sequence[Row]:
     """The rows by number, otherwise as `rows`; of what has rows, which a .txt has not."""
     return _Saved(asked, path, split) if path.is_dir() else Shard(asked, path)
 
 
 @contextmanager
-def reading(asked: str) -> Iterator[None]:
+def read_errors(asked: str) -> Iterator[None]:
     """Around whatever reads a text: what keeps a library from reading it is one line."""
     try:
         yield
@@ -125,7 +125,7 @@ def _lies_open(path: Path) -> bool:
     with path.open("rb") as file:
         begins = file.read(LOOK)
     marked = any(begins.startswith(mark) for mark in MARKS)
-    return form(path) != ".parquet" and not (marked or _packing(begins) or begins.lstrip().startswith(b"["))
+    return file_format(path) != ".parquet" and not (marked or _packing(begins) or begins.lstrip().startswith(b"["))
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def _whole(asked: str, path: Path) -> str:
 
 def _lines(asked: str, path: Path) -> Iterator[bytes]:
     """Lines of JSON in UTF-8, of which each that is not blank is a row."""
-    if form(path) == ".parquet":
+    if file_format(path) == ".parquet":
         yield from map(_line, _parquet(asked, path))
         return
     with _open(asked, path) as (file, encoding):

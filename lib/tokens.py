@@ -130,7 +130,7 @@ def encode(tokenizer, text: str, special: bool = True) -> Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def beginning(tokenizer) -> list[int]:
+def prefix(tokenizer) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     text = string.ascii_letters + string.digits  # some of it is in every vocabulary
     bare, whole = (encode(tokenizer, text, special).tolist() for special in (False, True))
@@ -139,13 +139,13 @@ def beginning(tokenizer) -> list[int]:
 
 def bos(tokenizer) -> int | None:
     """The token that begins a sequence: the one that the tokenizer begins with, or else the one that it calls so."""
-    begins = beginning(tokenizer)
+    begins = prefix(tokenizer)
     return begins[0] if begins else tokenizer.bos_token_id
 
 
-def beginnings(tokenizer, every: bool) -> str:
+def describe_prefix(tokenizer, every: bool) -> str:
     """What windows begin with, in words; `every` of them with BOS."""
-    ids = [bos(tokenizer)] if every else beginning(tokenizer)
+    ids = [bos(tokenizer)] if every else prefix(tokenizer)
     said = " ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in ids)
     if every:
         return f"every window begins with {said}"

@@ -13,44 +13,44 @@ from torch import Tensor, nn
 from . import ranks
 from .errors import RunError
 from .model import Matrix
-from .precision import mixed_precision, passing
+from .precision import choose_autocast, mixed_precision
 
 SEED = 0  # of the order of the steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast: `windows` a step over all ranks, and Adam's rate, which rises over the first steps, at
-    most a quarter of all, and falls along a cosine to its `floor`, a share of it.
+    """The training schedule: `windows` a step over all ranks; Adam's learning rate rises over `warmup_steps`, at most a
+    quarter of all, and decays along a cosine to `min_lr_ratio` times its peak.
     """
 
     epochs: int
     windows: int
-    rate: float
-    floor: float
-    warm_up: int = 0
+    learning_rate: float
+    min_lr_ratio: float
+    warmup_steps: int = 0
 
     @property
     def step(self) -> int:
-        """Windows a step: more processes than these have a window each."""
-        return max(self.windows, ranks.size())
+        """Windows a step: at least one for each process."""
+        return max(self.windows, ranks.world_size())
 
     def batch(self, most: int, counted: int = 0) -> int:
         """Windows a pass, `most` at most, such that no pass of a rank is part of two steps, or of what lies on both
         sides of the first `counted` windows.
         """
         whole = 1
-        if self.step % ranks.size() == 0 and counted % ranks.size() == 0:
-            whole = math.gcd(self.step // ranks.size(), counted // ranks.size())
+        if self.step % ranks.world_size() == 0 and counted % ranks.world_size() == 0:
+            whole = math.gcd(self.step // ranks.world_size(), counted // ranks.world_size())
         return max(size for size in range(1, max(1, most) + 1) if whole % size == 0)
 
-    def factor(self, step: int, steps: int) -> float:
-        """What the rate is multiplied with at that step, counted from 0."""
-        rising = min(self.warm_up, steps // 4)
+    def lr_factor(self, step: int, steps: int) -> float:
+        """The learning-rate factor of a step, counted from 0: warm-up, then cosine decay to `min_lr_ratio`."""
+        rising = min(self.warmup_steps, steps // 4)
         if step < rising:
             return (step + 1) / rising
         falling = (step - rising) / (steps - rising)
-        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * falling)) / 2
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * falling)) / 2
 
 
 def train(
@@ -59,7 +59,7 @@ def train(
     batch_size: int,
     loss: Callable[[int], Tensor],
     recipe: Recipe,
-    others: Iterable[nn.Parameter] = (),
+    frozen: Iterable[nn.Parameter] = (),
 ) -> list[float]:
     """Train the surviving weights of the matrices; the loss of each epoch's steps, over all ranks.
 
@@ -67,16 +67,16 @@ def train(
     them, batches counted from 0, in a scale of the caller's choice (Adam sees none). A step takes the windows that
     follow one another, so that it is the same for any number of ranks; their order is drawn anew each epoch. Weights,
     gradients and moments are in float32, passes in bfloat16 where the processor multiplies in it or the model is in
-    half precision. `others`, the parameters that the passes read as well, are in float32 meanwhile: no layer takes two
+    half precision. `frozen`, the parameters that the passes read as well, are in float32 meanwhile: no layer takes two
     half types. Zeros stay zeros. Raises RunError where a weight is no longer finite.
     """
     of_step = batches_of_steps(windows, batch_size, recipe.step)
     weights = list(dict.fromkeys(matrix.stored for matrix in matrices))
     generator = torch.Generator().manual_seed(SEED)
-    with _trainable(weights, others, loss) as passes:
-        kept = [weight != 0 for weight in weights]
+    with _trainable(weights, frozen, loss) as passes:
+        masks = [weight != 0 for weight in weights]
         groups = [{"params": list(group)} for _, group in groupby(weights, key=lambda weight: weight.device)]
-        adam = torch.optim.Adam(groups, lr=recipe.rate, fused=weights[0].device.type == "cpu" or None)
+        adam = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
         losses: list[Tensor] = []
         for epoch in range(recipe.epochs):
@@ -86,15 +86,15 @@ def train(
                         found = loss(batch)
                     found.backward()
                     losses.append(found.detach())
-                for weight, mask in zip(weights, kept, strict=True):
+                for weight, mask in zip(weights, masks, strict=True):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
-                    ranks.add_up(weight.grad)
+                    ranks.all_reduce(weight.grad)
                 for group in adam.param_groups:
-                    group["lr"] = recipe.rate * recipe.factor(epoch * len(of_step) + place, steps)
+                    group["lr"] = recipe.learning_rate * recipe.lr_factor(epoch * len(of_step) + place, steps)
                 adam.step()
                 adam.zero_grad()
     of_epochs = torch.stack(losses).double().view(recipe.epochs, -1).sum(1).cpu()
-    ranks.add_up(of_epochs)
+    ranks.all_reduce(of_epochs)
     for matrix in matrices:
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
@@ -102,31 +102,31 @@ def train(
 
 
 def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:
-    """Of each step this rank's batches: none for some, where the last windows are other ranks'."""
-    last = -(-sum(ranks.gather(windows)) // step)
+    """This rank's batches of each step; some steps may have none, where the last windows are other ranks'."""
+    last = -(-sum(ranks.all_gather(windows)) // step)
     batches: list[list[int]] = [[] for _ in range(last)]
     for batch in range(-(-windows // batch_size)):
-        batches[(batch * batch_size * ranks.size() + ranks.rank()) // step].append(batch)
+        batches[(batch * batch_size * ranks.world_size() + ranks.rank()) // step].append(batch)
     return batches
 
 
 @contextmanager
 def _trainable(
-    weights: list[nn.Parameter], others: Iterable[nn.Parameter], loss: Callable[[int], Tensor]
+    weights: list[nn.Parameter], frozen: Iterable[nn.Parameter], loss: Callable[[int], Tensor]
 ) -> Iterator[Callable]:
     """While the weights are in float32 and take gradients; gives the context that passes are run in.
 
-    In the end the weights are rounded to their own type again, and the others what they were.
+    In the end the weights are rounded to their own type again, and the frozen parameters are what they were.
     """
     dtype, device = weights[0].dtype, weights[0].device.type
-    before = {parameter: parameter.data for parameter in others if parameter.is_floating_point()}
+    before = {parameter: parameter.data for parameter in frozen if parameter.is_floating_point()}
     try:
         for parameter in (*weights, *before):
             parameter.data = parameter.data.float()
         for weight in weights:
             weight.requires_grad_(True)
         with torch.no_grad():
-            passes, _ = passing(functools.partial(mixed_precision, dtype, device), lambda: loss(0))
+            passes, _ = choose_autocast(functools.partial(mixed_precision, dtype, device), lambda: loss(0))
         yield passes
     finally:
         for weight in weights:

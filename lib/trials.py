@@ -1,4 +1,4 @@
-"""Prunings on trial: how well the model does on windows held out, and the weights put back."""
+"""Trial prunings: the perplexity on held-out windows, with the weights restored afterwards."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ STEP = 0.1  # of sparsity, over which the loss's rise is attributed; with N:M it
 HALVINGS = 2  # of a strength that does worse than uniform sparsities
 
 
-def on_trial(calibration: Tensor) -> Tensor:
+def trial_windows(calibration: Tensor) -> Tensor:
     """The calibration windows that a trial reads: a quarter."""
     return calibration[: -(-len(calibration) // 4)]
 
@@ -30,9 +30,9 @@ def on_trial(calibration: Tensor) -> Tensor:
 class Trials:
     """Prunes with `prune(targets, asymmetry, windows, commit=)`, measures the loss on `held_out` windows and undoes it.
 
-    Each trial reads the calibration windows of `on_trial`, and meanwhile a copy of the prunable weights is held, on the
-    host; of a streamed model in `store`. `remember(key, measure)` gives `measure()`, or what it was before for the same
-    model, windows and way to prune.
+    Each trial reads the calibration windows of `trial_windows`. A copy of the prunable weights is held meanwhile: on
+    the host, or of a streamed model in `store`. `cached(key, measure)` returns `measure()`, or its earlier value for
+    the same model, windows and pruner.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Trials:
         held_out: Tensor,
         batch_size: int,
         store: Store | None = None,
-        remember: Callable[[str, Callable], dict] = lambda _, measure: measure(),
+        cached: Callable[[str, Callable], dict] = lambda _, measure: measure(),
     ):
         self._model, self._prune, self._batch_size, self._store = model, prune, batch_size, store
-        self._windows, self._held_out, self._remember = on_trial(calibration), held_out, remember
+        self._windows, self._held_out, self._cached = trial_windows(calibration), held_out, cached
         self._known: dict[str, dict] = {}  # sparsities and asymmetry -> their perplexity and its seconds
 
-    def marginals(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
+    def attribute_loss(self, sparsity: float, asymmetry: float, group: int | None) -> tuple[dict[str, float], dict]:
         """matrix name -> its part of the loss's rise up to that uniform sparsity, and how they were found.
 
         The model is pruned to a little less and to `sparsity`; what the loss on the windows held out gains between the
@@ -73,17 +73,17 @@ class Trials:
         }  # fmt: skip
         return parts, found
 
-    def best(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
+    def grid_search(self, parameter: str, candidates: Mapping[float, tuple[Mapping[str, float], float]]) -> dict:
         """Try each {value: (targets, asymmetry)}: `chosen` is the value of the lowest perplexity, `tried` holds all."""
         tried = [self._try(parameter, value, *candidate) for value, candidate in candidates.items()]
         return self._record(parameter, tried, min(tried, key=lambda trial: trial["perplexity"])["value"])
 
-    def halved(
+    def backtrack(
         self, parameter: str, value: float, candidate: Callable[[float], tuple[Mapping[str, float], float]], most: float
     ) -> dict:
-        """Try `candidate(value)`, and half the value while the perplexity is not below `most`; recorded as by `best`.
+        """Backtracking: try `candidate(value)`, and halve the value while the perplexity is not below `most`.
 
-        After so many HALVINGS the `chosen` value is 0.
+        After HALVINGS steps the `chosen` value is 0. The record is that of `grid_search`.
         """
         tried, chosen = [], 0.0
         for smaller in (value / 2**i for i in range(HALVINGS + 1)):
@@ -122,7 +122,7 @@ class Trials:
         key = hashlib.sha256(json.dumps([asymmetry, *targets.values()]).encode()).hexdigest()[:16]
         seconds = 0.0
         if key not in self._known:
-            self._known[key] = self._remember(f"trial {key}", measure)
+            self._known[key] = self._cached(f"trial {key}", measure)
             seconds = self._known[key]["seconds"]
         log.info("%s %g: perplexity %.4f on windows held out", parameter, value, self._known[key]["perplexity"])
         return {"value": value, "perplexity": self._known[key]["perplexity"], "seconds": seconds}

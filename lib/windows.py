@@ -1,4 +1,4 @@
-"""The calibration windows of a run, by what each part of them is for."""
+"""The calibration set of a run, its held-out windows and those of recovery."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from .config import RunConfig
 from .data import calibration_windows
 from .model import LanguageModel
 from .own_text import own_text
-from .trials import on_trial
+from .trials import trial_windows
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,9 @@ class Windows:
     held_out: Tensor | None = None
     recovery: Tensor | None = None
 
-    @property
-    def of_plan(self) -> tuple[Tensor | None, Tensor | None]:
-        """What sparsities are planned with."""
-        return self.calibration, self.held_out
 
-
-def windows_of_text(config: RunConfig, tokenizer, seqlen: int) -> Windows:
-    """Cut from --calib_data; none where the model has yet to write them."""
+def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
+    """Windows cut from --calib_data; none where the model is to sample them."""
     if not config.calibrated or config.writes_own_text:
         return Windows()
     found = calibration_windows(
@@ -43,20 +38,20 @@ def windows_of_text(config: RunConfig, tokenizer, seqlen: int) -> Windows:
     return _parts(config, found)
 
 
-def windows_of_model(config: RunConfig, model: LanguageModel, seqlen: int) -> Windows:
-    """Sampled from the dense model (--calib_data self), or from the cache what it has written before."""
+def sampled_windows(config: RunConfig, model: LanguageModel, seqlen: int) -> Windows:
+    """Windows sampled from the dense model (--calib_data self), cached from run to run."""
     settings = {
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
         "device": model.device.type, "dtype": str(model.model.dtype),
     }  # fmt: skip
-    count, known = config.nsamples + config.held_out + config.further, results.known_text(config, settings)
+    count, known = config.nsamples + config.held_out + config.further, results.load_own_text(config, settings)
     if known is None or len(known) < count:
         known = own_text(model, count, seqlen=seqlen, seed=config.seed, add_bos=config.add_bos, known=known)
-        results.keep_text(config, settings, known)
+        results.save_own_text(config, settings, known)
     return _parts(config, known[:count])
 
 
 def _parts(config: RunConfig, found: Tensor) -> Windows:
     calibration, rest = found[: config.nsamples], found[config.nsamples :]
-    ranks.enough(f"--nsamples {config.nsamples}", on_trial(calibration) if config.held_out else calibration)
+    ranks.check_enough(f"--nsamples {config.nsamples}", trial_windows(calibration) if config.held_out else calibration)
     return Windows(calibration, rest[: config.held_out], torch.cat([calibration, rest[config.held_out :]]))

@@ -21,9 +21,9 @@ from . import ranks
 from .activations import Store
 from .errors import RunError, reason_of
 from .hub import data_sets
-from .hub_errors import of_the_hub
+from .hub_errors import explain_hub_error
 from .model import LanguageModel
-from .progress import silent
+from .progress import bar_disabled
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def load(
                 _refuse(task.task_name, asks, streamed, bos, getattr(task, "MULTIMODAL", False))
             _add(tasks, found)
         tasks._dice = random.getstate(), numpy.random.get_state()
-    for others in ranks.gather(tasks.missing):
+    for others in ranks.all_gather(tasks.missing):
         tasks.missing |= others
     tasks.loaded["tasks"] = {k: task for k, task in tasks.loaded["tasks"].items() if k not in tasks.missing}
     if not tasks.names:
@@ -195,7 +195,7 @@ def _manager(given: tuple[str, ...]):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     import lm_eval.api.task as api
 
-    api.tqdm = lambda *args, **options: tqdm(*args, **options | {"disable": silent()})  # it asks no setting
+    api.tqdm = lambda *args, **options: tqdm(*args, **options | {"disable": bar_disabled()})  # it asks no setting
     folders = [Path(word).resolve() for word in given if Path(word).is_dir()]
     files = [Path(word) for word in given if Path(word).is_file()]
     definitions = [_yaml(path) for path in [*files, *itertools.chain(*map(_definitions, folders))]]
@@ -296,7 +296,7 @@ def _reason(error: Exception, failed: list[BaseException], data_set: object) -> 
     if constants.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
         error = OfflineModeIsEnabled()
     for one in [*reversed(failed), error]:
-        if isinstance(data_set, str) and (said := of_the_hub(one, data_set, "task")):
+        if isinstance(data_set, str) and (said := explain_hub_error(one, data_set, "task")):
             return "; ".join(filter(None, said))
     kind = "" if isinstance(error, (OSError, ImportError, RuntimeError, ValueError)) else f"{type(error).__name__}: "
     return f"{kind}{reason_of(error)}"
@@ -314,12 +314,12 @@ def _metrics(values: dict) -> dict:
 @contextlib.contextmanager
 def _in_turn() -> Iterator[None]:
     """The first rank before the others, which then find in the cache what it has fetched."""
-    if not ranks.first():
+    if not ranks.is_main():
         ranks.barrier()
     try:
         yield
     finally:
-        if ranks.first():
+        if ranks.is_main():
             ranks.barrier()
 
 

@@ -61,7 +61,7 @@ SIZES = (
 
 
 COUNTS_LAYERS = next(pattern for pattern, _ in SIZES if re.fullmatch(pattern, "num_hidden_layers"))
-KEPT = ("rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config")
+UNCHANGED = ("rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config")
 
 # What the rules above do not get right: a family's own arguments.
 OWN = {
@@ -108,7 +108,7 @@ def shrunk(settings: dict) -> dict:
     for name, value in settings.items():
         if not isinstance(name, str):
             continue
-        if isinstance(value, dict) and name not in KEPT and (smaller := shrunk(value)):
+        if isinstance(value, dict) and name not in UNCHANGED and (smaller := shrunk(value)):
             found[name] = smaller | {k: v for k, v in value.items() if k == "model_type"}
         elif isinstance(value, int) and not isinstance(value, bool):
             for pattern, size in SIZES:

@@ -19,7 +19,7 @@ import transformers
 
 from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
 from lib.cli import Parser, set_up_logging
-from lib.load import Source, choose_device, load_config, window_limit
+from lib.load import Source, choose_device, context_length, load_config
 from lib.sparse import own_dtype
 
 COLUMNS = ("", "first token, s", "tokens/s", "weights, GB", "peak memory, GB")
@@ -109,7 +109,7 @@ def generate(options) -> None:
     tokens = tokenizer(options.prompt, return_tensors="pt").input_ids
     if tokens.numel() == 0:
         raise RunError("--prompt: has no token")
-    limit = window_limit(config)
+    limit = context_length(config)
     if limit and tokens.shape[1] + options.max_new_tokens > limit:
         raise RunError(
             f"--prompt: its {tokens.shape[1]} tokens and --max_new_tokens {options.max_new_tokens} are more than the "

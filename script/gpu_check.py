@@ -277,7 +277,7 @@ def tiny() -> None:
                 pruner, options = lib.PRUNERS["wanda"], {"batch_size": 4, "asymmetry": asymmetry, **more}
                 lib.prune_model(model, pruner, targets, lib.Pattern(), windows, **options)
 
-            found.append(Trials(model, prune, tokens, tokens[:4], 2).marginals(0.5, 0.0, None))
+            found.append(Trials(model, prune, tokens, tokens[:4], 2).attribute_loss(0.5, 0.0, None))
         (cpu, cpu_record), (gpu, gpu_record) = found
         both_parts = torch.tensor([[cpu[name], gpu[name]] for name in cpu]).T
         return {
@@ -420,7 +420,7 @@ def kernels() -> None:
         time_it(f"eigh float32, {size}", lambda: torch.linalg.eigh(part), 1, 20)
         time_it(f"eigvalsh float64, {size}", lambda: torch.linalg.eigvalsh(part.double()), 1, 20)
     time_it(f"squared_singular_values, {m}x{n}", lambda: squared_singular_values(half), 2, 15)
-    spectrum = Spectrum(as_published(half))
+    spectrum = Spectrum(published_precision(half))
     time_it("  alpha_peak of the spectrum", lambda: METRICS["alpha_peak"].score(spectrum), 1, 10)
     time_it("  as published: svdvals float32", lambda: torch.linalg.svdvals(weight), 1, 30)
     if on_gpu():
@@ -556,7 +556,7 @@ if __name__ == "__main__":
     from lib import masks
     from lib.allocation.activations import linear_reconstruction_error
     from lib.cli import set_up_logging
-    from lib.esd import Spectrum, as_published, squared_singular_values
+    from lib.esd import Spectrum, published_precision, squared_singular_values
     from lib.fisher import row_fisher, row_weights
     from lib.metrics import METRICS
     from lib.quality import allocation_scores

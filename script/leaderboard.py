@@ -30,16 +30,16 @@ from lib import cli, results, zero_shot
 from lib.allocation import ALLOCATIONS
 from lib.analysis import score
 from lib.config import RunConfig
-from lib.data import evaluation_windows, every_begins_with
+from lib.data import evaluation_windows, required_bos
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
-from lib.plan import carry_out, plan
+from lib.plan import apply_plan, plan
 from lib.quality import allocation_scores
 from lib.stopwatch import Stopwatch
-from lib.windows import windows_of_model, windows_of_text
+from lib.windows import corpus_windows, sampled_windows
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -107,7 +107,7 @@ def run_key(config: RunConfig) -> str:
     return " ".join(filter(None, [config.prune_method, f"{config.sparsity:g}", f"seed{config.seed}", settings(config)]))
 
 
-def _windows_of(config: RunConfig) -> tuple:
+def _windows_key(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
     return config.seed, config.nsamples, config.calibrated, config.calib_data, config.add_bos
 
@@ -279,35 +279,35 @@ class Runner:
             )
             for text in texts
         }
-        bos = every_begins_with(self._tokenizer) if config.add_bos == "every" else None
+        bos = required_bos(self._tokenizer) if config.add_bos == "every" else None
         self._tasks = zero_shot.load(tasks, limit=limit, bos=bos, cache_dir=config.cache_dir) if tasks else None
         if self._tasks and self._tasks.missing:
             raise RunError(f"--tasks: {self._tasks.missing}, and the mean is of all or none")
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
-        self._remembered: dict[tuple, tuple[object, float]] = {}
+        self._values: dict[tuple, tuple[object, float]] = {}
         self._saved = 0.0  # seconds that this run would have spent on what it found remembered
 
-    def _remember(self, *key, measure):
-        if key in self._remembered:
-            self._saved += self._remembered[key][1]
+    def _cached(self, *key, measure):
+        if key in self._values:
+            self._saved += self._values[key][1]
         else:
             begin = time.perf_counter()
-            self._remembered[key] = measure(), time.perf_counter() - begin
-        return self._remembered[key][0]
+            self._values[key] = measure(), time.perf_counter() - begin
+        return self._values[key][0]
 
     def _shared(self, config: RunConfig, calibration: Tensor, batch: int, key: str, measure):
         """What `plan` measures, from the one pass over the dense model where it is an allocation's own scores."""
         if not ALLOCATIONS[config.allocation].score or key.startswith("trial"):
-            return self._remember(key, *_windows_of(config), measure=measure)
-        return self._remember(
-            "scores", config.mapping_type, config.owl_m, *_windows_of(config),
+            return self._cached(key, *_windows_key(config), measure=measure)
+        return self._cached(
+            "scores", config.mapping_type, config.owl_m, *_windows_key(config),
             measure=lambda: allocation_scores(
                 self._model, self._scoring, calibration, config.options, config.mapping_type, batch_size=batch
             ),
         )[config.allocation]  # fmt: skip
 
     def _fisher(self, config: RunConfig, calibration: Tensor):
-        return self._remember("fisher", *_windows_of(config), measure=lambda: row_fisher(self._model, calibration))
+        return self._cached("fisher", *_windows_key(config), measure=lambda: row_fisher(self._model, calibration))
 
     def evaluate(self, config: RunConfig) -> dict[str, str]:
         """Perplexity of the model as it stands on every text, and its mean accuracy on the tasks."""
@@ -323,11 +323,11 @@ class Runner:
     def run(self, config: RunConfig) -> dict:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
-        windows = self._remember(
-            "windows", config.held_out, config.further, *_windows_of(config),
-            measure=lambda: windows_of_model(config, self._model, config.seqlen)
+        windows = self._cached(
+            "windows", config.held_out, config.further, *_windows_key(config),
+            measure=lambda: sampled_windows(config, self._model, config.seqlen)
             if config.writes_own_text
-            else windows_of_text(config, self._tokenizer, config.seqlen),
+            else corpus_windows(config, self._tokenizer, config.seqlen),
         )  # fmt: skip
         calibration = windows.calibration
 
@@ -341,10 +341,10 @@ class Runner:
                 metrics = score(config, self._model, clock, events)[0] if config.scored else {}
                 planned = plan(
                     config, self._model, metrics, calibration, windows.held_out, row_weights=rows, batch_size=batch,
-                    remember=lambda key, measure: self._shared(config, calibration, batch, key, measure),
+                    cached=lambda key, measure: self._shared(config, calibration, batch, key, measure),
                 )  # fmt: skip
             with clock("all of pruning"):
-                carry_out(
+                apply_plan(
                     config, self._model, planned, windows, row_weights=rows, batch_size=batch, clock=clock,
                     events=events,
                 )  # fmt: skip
@@ -356,7 +356,7 @@ class Runner:
         return {
             "run": run_key(config), "method": config.prune_method, "settings": settings(config),
             "sparsity": config.sparsity, "seed": config.seed, **found,
-            "achieved": f"{results.share_of_zeros(layers):.6f}",
+            "achieved": f"{results.overall_sparsity(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
             "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}", "peak_memory_gb": peak_gb(),
         }  # fmt: skip
@@ -373,7 +373,7 @@ def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options, common = parser.parse_args(sys.argv[1:at]), sys.argv[at + 1 :]
     cli.set_up_logging(quiet=False)
-    keep_freed_memory(cli.KEPT)
+    keep_freed_memory(cli.FREED_BYTES)
     texts = [Text.parse(given) for given in options.eval_data]
     if len({text.name for text in texts}) < len(texts):
         raise RunError("--eval_data: two texts have one name; give names, NAME=DATA")

@@ -11,12 +11,3 @@ prune() {
     "$PYTHON" main.py --model "$model" --prune_method "$method" --sparsity_ratio "$sparsity" --epsilon "$epsilon" \
         --cache_dir llm_weights --save "save_test/${model##*/}" "$@"
 }
-
-# table MODEL EPS_MAGNITUDE EPS_WANDA EPS_SPARSEGPT [FLAG ...]: the model's three entries in the paper's main table.
-table() {
-    local model=${MODEL:-$1} sparsity=${SPARSITY:-0.7} magnitude=$2 wanda=$3 sparsegpt=$4
-    shift 4
-    prune "$model" magnitude_ww "$sparsity" "$magnitude" "$@"
-    prune "$model" wanda_ww "$sparsity" "$wanda" "$@"
-    prune "$model" sparsegpt_ww "$sparsity" "$sparsegpt" "$@"
-}

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, whose own f
 @pytest.fixture
 def exact_gradients(monkeypatch):
     """Gradients in float32 where the machine would take them in bfloat16."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from lib import Problem, RunError, allocate
 from lib.allocation import ALLOCATIONS
 from lib.allocation.activations import linear_reconstruction_error, median_score, outliers
 from lib.allocation.base import MAPPINGS
-from lib.allocation.budget import S_MAX, around, fit_budget, round_to_pattern
+from lib.allocation.budget import S_MAX, fit_budget, round_to_pattern, shift_to_budget
 from lib.allocation.fixed import lamp_quantiles
 from lib.allocation.search import KAPPA
 from lib.stats import InputStats
@@ -158,12 +158,12 @@ def test_allocations_without_a_parameter_have_no_flag_to_name(method, monkeypatc
 def test_a_shift_meets_the_budget_by_hand():
     # keep = 0, 0.2, 0.6 with sizes 1, 1, 2 at S = 0.5: mean(keep) is 0.35.
     sizes = {"a": 1, "b": 1, "c": 2}
-    assert list(around(0.5, {"a": 0, "b": 0.2, "c": 0.6}, sizes).values()) == pytest.approx([0.85, 0.65, 0.25])
+    assert list(shift_to_budget(0.5, {"a": 0, "b": 0.2, "c": 0.6}, sizes).values()) == pytest.approx([0.85, 0.65, 0.25])
     # keep = 0, 0, 1: with the shift of 1 that nothing held back would ask for, a and b would lose all; held at 0.99
     # they leave 0.02 for the two of c.
-    assert list(around(0.5, {"a": 0, "b": 0, "c": 1}, sizes).values()) == pytest.approx([0.99, 0.99, 0.01])
+    assert list(shift_to_budget(0.5, {"a": 0, "b": 0, "c": 1}, sizes).values()) == pytest.approx([0.99, 0.99, 0.01])
     with pytest.raises(RunError, match="cannot be reached"):
-        around(0.995, {"a": 0, "b": 0, "c": 0}, sizes)
+        shift_to_budget(0.995, {"a": 0, "b": 0, "c": 0}, sizes)
 
 
 def test_rounding_to_n_of_m_is_the_closest_for_equal_blocks():

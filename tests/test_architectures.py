@@ -24,7 +24,7 @@ def logits_of_stream(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor
     stream = Stream(model, tokens, batch_size=2)
     for block in range(len(model.blocks)):
         stream.advance(block)
-    return torch.cat([model.logits(last) for _, last in stream.finish()])
+    return torch.cat([model.logits(last) for _, last in stream.outputs()])
 
 
 def is_tied(hf: torch.nn.Module) -> bool:

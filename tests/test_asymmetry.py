@@ -7,7 +7,7 @@ from test_sequential import inputs_by_hook
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model
-from lib.pruners.asymmetry import aim
+from lib.pruners.asymmetry import asymmetric_weights
 from lib.pruners.damping import DAMPING
 from lib.sequential import walk
 from lib.stats import InputStats
@@ -83,7 +83,7 @@ def test_aim_is_ridge_regression_on_the_mixed_target(asymmetry):
     wanted = np.vstack([target, np.sqrt(ridge) * weight.T])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
     stats = paired_stats(torch.tensor(x).float(), torch.tensor(dense).float())
-    found = aim(torch.tensor(weight).float(), stats, asymmetry)
+    found = asymmetric_weights(torch.tensor(weight).float(), stats, asymmetry)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -120,7 +120,7 @@ def test_the_matrix_that_writes_the_blocks_output_is_aimed_at_it():
             stacked = np.vstack([x, np.sqrt(ridge) * np.eye(x.shape[1])])
             target = np.vstack([wanted - (seen["out"] - seen["y"]).numpy(), np.sqrt(ridge) * matrix.weight.numpy().T])
             expected = np.linalg.lstsq(stacked, target, rcond=None)[0].T
-            found = aim(matrix.weight, step.stats[matrix.name], 1.0)
+            found = asymmetric_weights(matrix.weight, step.stats[matrix.name], 1.0)
             np.testing.assert_allclose(found.numpy(), expected, rtol=1e-2, atol=1e-3)
             return
 
@@ -134,8 +134,8 @@ def test_which_matrices_write_a_blocks_output(architecture, writes):
     model = LanguageModel(tiny_model(architecture))
     stream = Stream(model, tiny_tokens(), 2)
     last = stream.stages(0, model.matrices_of(0))[-1]
-    assert stream.writer(0, last) is (last[0] if writes else None)
-    assert stream.writer(0, stream.stages(0, model.matrices_of(0))[0]) is None
+    assert stream.residual_writer(0, last) is (last[0] if writes else None)
+    assert stream.residual_writer(0, stream.stages(0, model.matrices_of(0))[0]) is None
 
 
 def test_tokens_without_a_counterpart_leave_the_weight_alone_and_are_noted():
@@ -144,8 +144,8 @@ def test_tokens_without_a_counterpart_leave_the_weight_alone_and_are_noted():
     stats.add(x, torch.randn(50, 6))
     stats.add(x[:4])
     stats.finish()
-    assert torch.equal(aim(weight, stats, 0.5), weight)
-    assert torch.equal(aim(weight, stats, 0.5), weight)
+    assert torch.equal(asymmetric_weights(weight, stats, 0.5), weight)
+    assert torch.equal(asymmetric_weights(weight, stats, 0.5), weight)
     assert stats.events == ["asymmetry: 4 of its 54 tokens have no dense input; left out"]
 
 
@@ -169,4 +169,4 @@ def test_the_writer_of_large_outputs(architecture, writes, dtype):
     last = model.matrices_of(0)[-1]
     last.write(1e4 * last.weight)
     stream = Stream(model, tiny_tokens(), 6)
-    assert stream.writer(0, [last]) is (last if writes else None)
+    assert stream.residual_writer(0, [last]) is (last if writes else None)

@@ -76,7 +76,7 @@ def test_a_strength_that_does_worse_than_uniform_is_halved(found, chosen, monkey
     monkeypatch.setattr(trials, "perplexity", lambda *_, **__: next(values))
     model, windows = LanguageModel(tiny_model("llama")), tiny_tokens()
     trial = Trials(model, lambda targets, *_, **__: pruned.append(targets["all"]), windows, windows, 2)
-    record = trial.halved("search_strength", 0.6, lambda value: ({"all": value}, 0.0), 10.0)
+    record = trial.backtrack("search_strength", 0.6, lambda value: ({"all": value}, 0.0), 10.0)
     assert record["chosen"] == chosen
     assert [one["value"] for one in record["tried"]] == pruned == [0.6, 0.3, 0.15][: len(found)]
     assert [one["perplexity"] for one in record["tried"]] == found

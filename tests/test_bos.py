@@ -43,7 +43,7 @@ def test_the_effect_is_of_the_same_tokens_in_memory_and_streamed(begins, folder)
     expected = losses(hf, text)
     window = torch.tensor([1, *text]) if begins else text
     streamed = open_model(source, "cpu", "float32")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     for model in (LanguageModel(hf), streamed):
         found = bos_effect(model, window, 1)
         assert (found["loss_with_bos"], found["loss_without_bos"]) == pytest.approx(expected, rel=1e-5)

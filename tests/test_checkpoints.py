@@ -115,11 +115,11 @@ def test_every_path_reads_what_transformers_reads(architecture, form, tmp_path):
     expected = reference(make(form, architecture, folder), tokens)
     source = find_source(str(folder), str(tmp_path / "cache"))
     whole, streamed = load_model(source, "cpu"), open_model(source, "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     assert perplexity(whole, tokens) == pytest.approx(expected, rel=1e-5)
     assert perplexity(streamed, tokens) == pytest.approx(expected, rel=1e-5)
     assert whole.digest == streamed.digest == open_model(source, "cpu").digest
-    assert (whole.parameters, whole.saved_as) == (streamed.parameters, streamed.saved_as)
+    assert (whole.parameters, whole.save_dtypes) == (streamed.parameters, streamed.save_dtypes)
 
 
 # -- what cannot be read is refused before anything is, the same on every path
@@ -131,7 +131,7 @@ def refusals(folder: Path) -> set[str]:
     config = RunConfig(model=str(folder), analyze_only=True, save=str(folder / "out"), device="cpu")
     paths = (
         lambda: load_model(source, "cpu"),
-        lambda: open_model(source, "cpu").load_rest(),
+        lambda: open_model(source, "cpu").load_non_blocks(),
         lambda: analyze(config, Stopwatch(), []),
     )
     for path in paths:
@@ -205,12 +205,12 @@ def test_a_head_that_is_missing_is_refused_unless_it_is_tied(tmp_path):
     tiny_model("llama").save_pretrained(folder)
     edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
     source = find_source(str(folder))
-    for path in (lambda: load_model(source, "cpu"), lambda: open_model(source, "cpu").load_rest()):
+    for path in (lambda: load_model(source, "cpu"), lambda: open_model(source, "cpu").load_non_blocks()):
         with pytest.raises(RunError, match=r"lm_head\.weight is missing"):
             path()
     settings(folder, tie_word_embeddings=True)
     streamed = open_model(source, "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     for model in (load_model(source, "cpu").model, streamed.model):
         assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
@@ -220,7 +220,7 @@ def test_the_embedding_is_the_head_where_only_that_is_there(tmp_path):
     edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens(windows=2)
     streamed = open_model(source, "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     expected = perplexity(LanguageModel(tiny_model("llama_tied")), tokens)
     assert perplexity(load_model(source, "cpu"), tokens) == pytest.approx(expected, rel=1e-6)
     assert perplexity(streamed, tokens) == pytest.approx(expected, rel=1e-6)

@@ -116,7 +116,7 @@ def test_windows_of_recovery(configure):
     assert (both.recover, both.further, both.streamed_windows) == (("block", "model"), 4, 20)
     assert configure(recover="model", nsamples=16).streamed_windows == 16
     assert configure(prune_method="magnitude", recover="block").calibrated
-    assert configure(recover_nsamples=1).without_effect() == ["--recover_nsamples"]
+    assert configure(recover_nsamples=1).unused_flags() == ["--recover_nsamples"]
 
 
 # ---------------------------------------------------------------- the run's name
@@ -233,12 +233,12 @@ EVALUATING = {"eval_data": "pydoc", "eval_windows": 2}
 )
 def test_flags_without_effect(method, evaluated, unread, configure):
     changed = {**ALLOCATING, **CALIBRATING, **EVALUATING, "seed": 1, "batch_size": 1}
-    assert set(configure(prune_method=method, eval_wikitext=evaluated, **changed).without_effect()) == unread
+    assert set(configure(prune_method=method, eval_wikitext=evaluated, **changed).unused_flags()) == unread
 
 
 def test_flags_without_effect_on_an_analysis(configure):
     config = configure(analyze_only=True, ww_metric=("alpha", "entropy"), plot=True, nsamples=4, stream=True)
-    assert set(config.without_effect()) == {"--prune_method", "--sparsity_ratio", "--nsamples", "--stream"}
+    assert set(config.unused_flags()) == {"--prune_method", "--sparsity_ratio", "--nsamples", "--stream"}
 
 
 def test_an_analysis_needs_a_model_only(model):
@@ -248,9 +248,9 @@ def test_an_analysis_needs_a_model_only(model):
 
 
 def test_a_picture_reads_the_metric(configure):
-    assert configure(prune_method="wanda", ww_metric="alpha_mid", plot=True).without_effect() == []
+    assert configure(prune_method="wanda", ww_metric="alpha_mid", plot=True).unused_flags() == []
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_defaults_are_never_reported(method, configure):
-    assert configure(prune_method=method, eval_wikitext=False).without_effect() == []
+    assert configure(prune_method=method, eval_wikitext=False).unused_flags() == []

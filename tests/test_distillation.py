@@ -16,7 +16,7 @@ from lib.load import load_model
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, rate=3e-3))
+    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, learning_rate=3e-3))
 
 
 def pruned(model: LanguageModel, group: int | None = None) -> LanguageModel:
@@ -67,8 +67,8 @@ def test_the_divergence_is_finite_far_out():
 @pytest.mark.parametrize("architecture", ["llama_tied", "gemma2", "gpt2"])
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
 def test_targets_are_the_models_own_distribution(fast, architecture, kept, monkeypatch):
-    monkeypatch.setattr(precision, "fast_type", lambda _device: fast)
-    monkeypatch.setattr(distillation, "KEPT", kept)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: fast)
+    monkeypatch.setattr(distillation, "TOP_K", kept)
     model, tokens = LanguageModel(tiny_model(architecture)), tiny_tokens(5)
     targets = dense_targets(model, tokens, batch_size=2)
     with torch.no_grad():
@@ -82,8 +82,8 @@ def test_targets_are_the_models_own_distribution(fast, architecture, kept, monke
 
 def test_training_is_that_of_a_reference(monkeypatch):
     """A toy whose whole vocabulary but one is kept: the exact divergence, in float64 by autograd and torch's Adam."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
-    monkeypatch.setattr(distillation, "KEPT", 95)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "TOP_K", 95)
     hf, tokens = Toy([Block(), Block()]), tiny_tokens(7, 10)
     hf.get_output_embeddings = lambda: hf.lm_head
     model, recipe = LanguageModel(hf), distillation.RECIPE
@@ -106,7 +106,7 @@ def test_training_is_that_of_a_reference(monkeypatch):
         total += float(loss.detach())
         for weight, mask in zip(weights, kept, strict=True):
             weight.grad *= mask
-        adam.param_groups[0]["lr"] = recipe.rate * recipe.factor(place, 4)
+        adam.param_groups[0]["lr"] = recipe.learning_rate * recipe.lr_factor(place, 4)
         adam.step()
     assert means == [pytest.approx(total / tokens.numel(), rel=1e-4)]
     found = [layer.inner[index].weight for layer in hf.model.layers for index in (0, 2)]

@@ -10,7 +10,7 @@ from shared import needs_model
 from tiny import tiny_model
 
 from lib import LanguageModel, RunError, esd, find_source, layer_quality, load_model
-from lib.esd import DegenerateSpectrumError, Spectrum, as_published
+from lib.esd import DegenerateSpectrumError, Spectrum, published_precision
 from lib.metrics import METRICS
 
 
@@ -72,7 +72,8 @@ def test_metrics_against_the_naive_search(matrix):
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
 def test_pareto_gives_back_its_exponent(alpha):
     rng = np.random.default_rng(0)
-    spectrum = Spectrum.of(torch.tensor((1 - rng.random(20000)) ** (-1 / (alpha - 1))))  # density ~ x^-alpha on x >= 1
+    values = (1 - rng.random(20000)) ** (-1 / (alpha - 1))  # density ~ x^-alpha on x >= 1
+    spectrum = Spectrum.from_eigenvalues(torch.tensor(values))
     assert float(spectrum.hill[0]) == pytest.approx(alpha, rel=0.02)
     assert METRICS["alpha"].score(spectrum) == pytest.approx(alpha, rel=0.05)
     assert spectrum.best_fit(torch.arange(100)).ks < 0.02
@@ -92,7 +93,7 @@ def test_early_rejection_loses_no_candidate():
         values = rng.pareto(1 + trial % 4, 50 + 37 * trial) + 0.01
         if trial % 3 == 0:
             values = np.round(values, 1) + 0.1
-        spectrum = Spectrum.of(torch.tensor(values))
+        spectrum = Spectrum.from_eigenvalues(torch.tensor(values))
         starts = spectrum.starts()
         starts = starts[spectrum.hill[starts].isfinite() & (spectrum.hill[starts] > 1)]
         distances = spectrum.ks_distances(starts)
@@ -107,7 +108,7 @@ def real_matrices(embedded):
     model = load_model(find_source(str(embedded)), device="cpu")
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
     matrices = [m for m in model.matrices if m.block in (0, 17) and m.name.endswith(kinds)]
-    return [as_published(m.weight).float().clone() for m in matrices]
+    return [published_precision(m.weight).float().clone() for m in matrices]
 
 
 @pytest.fixture(scope="module")

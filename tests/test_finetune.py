@@ -20,9 +20,9 @@ from lib import LanguageModel, RunError, cli, results, zero_shot
 from lib.data import evaluation_windows, training_windows
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.run import run
-from lib.finetune.student import MaskedLora, Survivors
+from lib.finetune.student import MaskedFull, MaskedLora
 from lib.finetune.teacher import Teacher
-from lib.finetune.zeros import Zeros
+from lib.finetune.zeros import ZeroMask
 from lib.load import find_source, load_model, load_tokenizer, open_model
 
 
@@ -37,7 +37,7 @@ def pruned(architecture: str, share: float = 0.6) -> LanguageModel:
 def student_of(kind: str, model: LanguageModel, *rest, passes: torch.dtype = torch.float32):
     if kind == "lora":
         return MaskedLora(model, 4, 8.0, ("all",), passes, *rest)
-    return Survivors(model, passes, *rest)
+    return MaskedFull(model, passes, *rest)
 
 
 # ---------------------------------------------------------------- students
@@ -47,9 +47,9 @@ def student_of(kind: str, model: LanguageModel, *rest, passes: torch.dtype = tor
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_trained_is_what_is_merged_and_no_zero_is_filled(architecture, kind):
     model, tokens = pruned(architecture), tiny_tokens()
-    zeros = Zeros(model)
+    zeros = ZeroMask(model)
     with torch.no_grad():
-        before = model.own_logits(tokens)
+        before = model.forward_logits(tokens)
     student = student_of(kind, model)
     with torch.no_grad():
         torch.testing.assert_close(student.logits(tokens), before)
@@ -62,9 +62,9 @@ def test_what_is_trained_is_what_is_merged_and_no_zero_is_filled(architecture, k
         trained = student.logits(tokens)
         assert not torch.allclose(trained, before, atol=1e-3)
         student.finish()
-        torch.testing.assert_close(model.own_logits(tokens), trained)
+        torch.testing.assert_close(model.forward_logits(tokens), trained)
     assert not zeros.filled(model)
-    assert Zeros(model).digest == zeros.digest
+    assert ZeroMask(model).digest == zeros.digest
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -72,17 +72,17 @@ def test_what_is_trained_is_what_is_merged_and_no_zero_is_filled(architecture, k
 def test_passes_in_bfloat16_where_the_model_runs_in_them(architecture, kind):
     """Its zeros and its master weights are as ever; DBRX's own code adds up tensors of two types."""
     model, tokens = pruned(architecture), tiny_tokens()
-    zeros = Zeros(model)
-    exact = model.own_logits(tokens).detach()
+    zeros = ZeroMask(model)
+    exact = model.forward_logits(tokens).detach()
     student = student_of(kind, model, passes=torch.bfloat16)
-    assert student.settle_passes(tokens[:1]) == (architecture != "dbrx")
+    assert student.choose_precision(tokens[:1]) == (architecture != "dbrx")
     logits = student.logits(tokens).detach()
     assert (logits.dtype == torch.bfloat16) == (architecture != "dbrx")
     assert (logits.float() - exact).norm() < 0.05 * exact.norm()
     student(tokens, torch.arange(6))["loss"].backward()
     assert {parameter.grad.dtype for parameter in student.trained().values()} == {torch.float32}
     student.finish()
-    assert Zeros(model).digest == zeros.digest
+    assert ZeroMask(model).digest == zeros.digest
     assert model.model.dtype == torch.float32
 
 
@@ -146,7 +146,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_weights_in_bfloat16_have_masters_in_float32(kind):
     model = LanguageModel(pruned("llama").model.bfloat16())
-    zeros, tokens = Zeros(model), tiny_tokens()
+    zeros, tokens = ZeroMask(model), tiny_tokens()
     student = student_of(kind, model)
     assert {parameter.dtype for parameter in student.trained().values()} == {torch.float32}
     optimiser = torch.optim.SGD(student.parameters(), lr=0.5)
@@ -178,11 +178,11 @@ def test_targets_by_name():
 
 def test_a_filled_zero_is_seen():
     model = pruned("gpt2")
-    zeros, matrix = Zeros(model), model.matrices[2]
+    zeros, matrix = ZeroMask(model), model.matrices[2]
     row, column = (int(index[0]) for index in torch.nonzero(matrix.weight == 0, as_tuple=True))
     matrix.weight[row, column] = 1e-30
     assert zeros.filled(model) == {matrix.name: 1}
-    assert Zeros(model).digest != zeros.digest
+    assert ZeroMask(model).digest != zeros.digest
 
 
 # ---------------------------------------------------------------- texts
@@ -193,7 +193,7 @@ def test_training_windows_share_nothing(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text(text)
     apart = evaluation_windows(str(tmp_path / "a.txt"), tokenizer, seqlen=50, limit=10)  # of the very same text
     train, held = training_windows(
-        str(tmp_path / "a.txt"), tokenizer, nsamples=40, held_out=7, seqlen=50, seed=3, apart=apart
+        str(tmp_path / "a.txt"), tokenizer, nsamples=40, held_out=7, seqlen=50, seed=3, exclude=apart
     )
     assert (train.shape, held.shape) == ((40, 50), (7, 50))
     found = ["".join(tokenizer.convert_ids_to_tokens(window)) for window in torch.cat([apart, train, held])]
@@ -201,12 +201,12 @@ def test_training_windows_share_nothing(tokenizer, tmp_path):
     assert sorted(places)[:10] == list(range(0, 500, 50))
     assert len({place // 50 for place in places}) == 57
     again, _ = training_windows(
-        str(tmp_path / "a.txt"), tokenizer, nsamples=None, held_out=7, seqlen=50, seed=3, apart=apart
+        str(tmp_path / "a.txt"), tokenizer, nsamples=None, held_out=7, seqlen=50, seed=3, exclude=apart
     )
     assert len(again) == 4000 // 50 - 10 - 7
     assert torch.equal(again[:40], train)
     with pytest.raises(RunError, match=r"--data .*: has 70 windows of 50 tokens, beside 10 that hold text of --eval_d"):
-        training_windows(str(tmp_path / "a.txt"), tokenizer, nsamples=64, held_out=7, seqlen=50, seed=3, apart=apart)
+        training_windows(str(tmp_path / "a.txt"), tokenizer, nsamples=64, held_out=7, seqlen=50, seed=3, exclude=apart)
 
 
 def test_documents_of_c4_follow_each_other(tokenizer, tmp_path):
@@ -344,7 +344,7 @@ def test_the_teacher_is_the_exact_divergence(places):
     """Read block by block, it gives what the whole model gives."""
     model, dense, tokens = pruned("llama"), tiny_model("llama"), tiny_tokens()
     streamed = open_model(find_source(str(places / "llama")), "cpu", "float32")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     student = student_of("full", model, Teacher(streamed, tokens, 2, None, 96), 0.25)
     loss = student(tokens[[4, 1]], torch.tensor([4, 1]))["loss"]
     with torch.no_grad():

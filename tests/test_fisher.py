@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model
-from lib.fisher import LEAST, row_fisher, row_weights
+from lib.fisher import MIN_FISHER, row_fisher, row_weights
 from lib.sequential import walk
 
 pytestmark = pytest.mark.usefixtures("exact_gradients")
@@ -40,7 +40,7 @@ def test_gradients_leave_no_trace():
 
 def test_weights_of_rows_worked_by_hand():
     weights = row_weights({"a": torch.tensor([1.0, 9.0, 0.0, 2.0]), "unused": torch.zeros(2)}, 0.5)
-    assert weights["a"].tolist() == pytest.approx([3**-0.25, 3**0.25, LEAST**0.25, (2 / 3) ** 0.25])
+    assert weights["a"].tolist() == pytest.approx([3**-0.25, 3**0.25, MIN_FISHER**0.25, (2 / 3) ** 0.25])
     assert weights["unused"].tolist() == [1.0, 1.0]
     assert row_weights({"a": torch.tensor([1.0, 9.0])}, 0.0)["a"].tolist() == [1.0, 1.0]
 

@@ -89,7 +89,7 @@ def test_the_stream_is_the_models_own_forward(name):
         stream = Stream(model, tokens, batch_size=2)
         for visit in range(len(stream.visits)):
             stream.advance(visit)
-        assert torch.equal(torch.cat([model.logits(last) for _, last in stream.finish()]), expected)
+        assert torch.equal(torch.cat([model.logits(last) for _, last in stream.outputs()]), expected)
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -98,7 +98,7 @@ def test_streamed_is_in_memory_to_the_bit(name, tmp_path):
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
     whole, streamed = load_model(source, "cpu"), open_model(source, "cpu")
     assert whole.coverage == streamed.coverage < 1
-    streamed.load_rest()
+    streamed.load_non_blocks()
     assert perplexity(streamed, tokens, batch_size=2) == perplexity(whole, tokens, batch_size=2)
     journal = Journal(config_of(tmp_path), streamed)
     for model, more in ((whole, {}), (streamed, {"commit": journal.commit, "store": Store(tmp_path, limit=0)})):
@@ -127,9 +127,9 @@ def test_a_run_that_was_cut_off_ends_in_the_same_weights(name, asymmetry, tmp_pa
     results.save_checkpoint(whole, tmp_path / "whole")
     for _ in range(len(whole.blocks)):
         streamed = open_model(source, "cpu")
-        streamed.load_rest()
+        streamed.load_non_blocks()
         journal = Journal(config, streamed)
-        journal.reread(journal.done)
+        journal.use_committed(journal.done)
 
         def commit(block, stats, events, journal=journal, until=journal.done):
             if block > until:
@@ -172,4 +172,4 @@ def test_what_a_block_shares_with_the_rest_is_refused_when_streamed(tmp_path):
     with pytest.raises(
         RunError, match=r"--stream: model\.layers\.1\.input_layernorm\.weight is also model\.norm\.weight"
     ):
-        streamed.load_rest()
+        streamed.load_non_blocks()

@@ -13,7 +13,7 @@ from lib.fisher import row_fisher
 from lib.memory import is_finite
 from lib.pruners import alps
 from lib.stats import InputStats
-from lib.storage import held_as_saved, settle
+from lib.storage import held_in_save_dtypes, round_to_save_dtypes
 from lib.trials import Trials
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "script"))
@@ -52,7 +52,7 @@ def run_search(model: LanguageModel, tokens: torch.Tensor) -> None:
     def prune(goals, asymmetry, windows, **more) -> None:
         prune_model(model, PRUNERS["magnitude"], goals, Pattern(), windows, asymmetry=asymmetry, **more)
 
-    Trials(model, prune, tokens, tokens[:2], 1).marginals(0.5, 0.0, None)
+    Trials(model, prune, tokens, tokens[:2], 1).attribute_loss(0.5, 0.0, None)
 
 
 A_BLOCK = 4 * WIDTH**2 + 3 * WIDTH * INNER
@@ -114,10 +114,10 @@ def test_one_value_that_is_not_finite_is_found(dtype, value):
 
 def test_what_is_settled_is_the_same_after_it_was_held_as_saved():
     model = torch.nn.Linear(70, 50)
-    saved_as = {"weight": torch.bfloat16, "bias": torch.float32}
-    assert not list(settle(model.state_dict(), saved_as))
+    save_dtypes = {"weight": torch.bfloat16, "bias": torch.float32}
+    assert not list(round_to_save_dtypes(model.state_dict(), save_dtypes))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with held_as_saved(model, saved_as):
+    with held_in_save_dtypes(model, save_dtypes):
         assert (model.weight.dtype, model.bias.dtype) == (torch.bfloat16, torch.float32)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(before["weight"], before["weight"].bfloat16().float())

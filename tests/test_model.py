@@ -12,7 +12,7 @@ from toy import Block, Toy
 import main
 from lib import LanguageModel, Pattern, RunError, find_source
 from lib.config import RunConfig
-from lib.load import choose_device, choose_dtype, load_model, load_tokenizer, window_limit
+from lib.load import choose_device, choose_dtype, context_length, load_model, load_tokenizer
 from lib.stream import Stream
 
 
@@ -186,8 +186,8 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path, dtype):
     tiny_model("llama").save_pretrained(tmp_path)
     model = load_model(find_source(str(tmp_path)), device="cpu", dtype=dtype)
     assert {p.dtype for p in model.model.parameters()} == {getattr(torch, dtype)}
-    assert window_limit(model.model.config) == 64
-    assert window_limit(transformers.XLNetConfig()) is None  # it says -1
+    assert context_length(model.model.config) == 64
+    assert context_length(transformers.XLNetConfig()) is None  # it says -1
 
 
 def test_remote_code_needs_permission(tmp_path):
@@ -258,7 +258,7 @@ def test_the_model_calls_its_body_in_its_own_way(body, form):
     stream = Stream(model, windows, 2)
     for visit in range(2):
         stream.advance(visit)
-    ((_, last),) = stream.finish()
+    ((_, last),) = stream.outputs()
     own = hf(windows)
     torch.testing.assert_close(model.logits(last), own if isinstance(own, torch.Tensor) else own[0])
 

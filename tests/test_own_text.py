@@ -50,10 +50,12 @@ def test_a_series_by_seed(model):
 def test_ranks_write_one_series(model, monkeypatch):
     alone = own_text.own_text(model, 12, seqlen=12)
     shares = []
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(ranks, "gather", lambda mine: shares.append(mine) or [[(b, alone[:4]) for b in range(3)]])
+        monkeypatch.setattr(
+            ranks, "all_gather", lambda mine: shares.append(mine) or [[(b, alone[:4]) for b in range(3)]]
+        )
         own_text.own_text(model, 12, seqlen=12)
     written = dict(pair for share in shares for pair in share)
     assert [len(share) for share in shares] == [2, 1]
@@ -62,7 +64,7 @@ def test_ranks_write_one_series(model, monkeypatch):
 
 def test_what_a_window_begins_with(model, monkeypatch):
     model.tokenizer = SimpleNamespace()
-    monkeypatch.setattr(own_text.tokens, "beginning", lambda _: [1])
+    monkeypatch.setattr(own_text.tokens, "prefix", lambda _: [1])
     monkeypatch.setattr(own_text.tokens, "bos", lambda _: 7)
     assert own_text.own_text(model, 4, seqlen=12)[:, 0].tolist() == [1] * 4
     assert own_text.own_text(model, 4, seqlen=12, add_bos="every")[:, 0].tolist() == [7] * 4
@@ -88,7 +90,7 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
             "model": str(tmp_path / "model"), "prune_method": "wanda_search", "sparsity_ratio": 0.5, "nsamples": 4,
             "calib_data": "self", "eval_data": "pydoc", "cache_dir": str(tmp_path / "cache"), "device": "cpu",
         }  # fmt: skip
-        return lib_windows.windows_of_model(RunConfig(**{**flags, **changed}), model, 12)
+        return lib_windows.sampled_windows(RunConfig(**{**flags, **changed}), model, 12)
 
     first = drawn()
     assert [len(part) for part in (first.calibration, first.held_out, first.recovery)] == [4, 2, 4]

@@ -25,8 +25,8 @@ from lib.distillation import dense_targets, distil
 from lib.fisher import row_fisher, row_weights
 from lib.graphs import captured
 from lib.load import load_model, open_model
-from lib.placement import room
-from lib.precision import float32_products
+from lib.placement import memory_needed
+from lib.precision import float32_matmul_precision
 from lib.pruners import Pruner, alps
 from lib.quality import allocation_scores
 from lib.results.run import environment
@@ -143,7 +143,7 @@ def searched(model: LanguageModel, _tmp_path, store: Store | None = None) -> dic
         more = {"asymmetry": asymmetry, "commit": commit, "store": store}
         prune_model(model, PRUNERS["wanda"], goals, Pattern(), windows, batch_size=4, **more)
 
-    parts, found = Trials(model, prune, tiny_tokens(), tiny_tokens(3, seed=2), 4, store).marginals(0.5, 0.0, None)
+    parts, found = Trials(model, prune, tiny_tokens(), tiny_tokens(3, seed=2), 4, store).attribute_loss(0.5, 0.0, None)
     return {"parts": parts, "uniform": found["uniform"]}
 
 
@@ -155,7 +155,7 @@ def saved(model: LanguageModel, tmp_path) -> dict:
 
 def opened(model: LanguageModel, tmp_path) -> LanguageModel:
     found = open_model(find_source(str(tmp_path / "model")), str(model.device))
-    found.load_rest()
+    found.load_non_blocks()
     return found
 
 
@@ -189,7 +189,7 @@ def results_config(tmp_path, device: str):
 
 
 STEPS = {
-    "metrics": lambda model, _: layer_quality(model, "alpha_peak", "entropy", portraits={}),
+    "metrics": lambda model, _: layer_quality(model, "alpha_peak", "entropy", esds={}),
     "perplexity": lambda model, _: {"perplexity": perplexity(model, tiny_tokens(), batch_size=4)},
     "description": lambda model, _: {"digest": model.describe()["digest"], "check": model.check(Pattern(4))},
     "allocations": lambda model, _: allocation_scores(
@@ -438,11 +438,11 @@ def test_gram_matrices_are_never_in_tf32(ask):
             torch.set_float32_matmul_precision(ask)
         elif ask != "nothing":
             matmul.fp32_precision = "tf32"
-        asked = float32_products()
+        asked = float32_matmul_precision()
         model = on("cpu")
         prune_model(model, spy, targets(model), Pattern(), tiny_tokens(), batch_size=4)
         assert set(seen) == {("highest", False)}
-        assert float32_products() == asked  # the program's own wish is its own again
+        assert float32_matmul_precision() == asked  # the program's own wish is its own again
         assert environment(model.describe())["float32_products"] == asked
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -458,8 +458,8 @@ def test_a_model_is_spread_only_where_it_does_not_fit(tmp_path):
         with pretended_gpus(2, free):
             return [str(device) for device in load_model(source, "auto", "float32", **needs).devices]
 
-    enough = size + room(empty, 100, 1)
-    assert room(empty, 100, 1) - room(empty, 0, 0) == 2 * 4 * 100 * 32 + 4 * empty.prunable_parameters
+    enough = size + memory_needed(empty, 100, 1)
+    assert memory_needed(empty, 100, 1) - memory_needed(empty, 0, 0) == 2 * 4 * 100 * 32 + 4 * empty.prunable_parameters
     assert devices(enough, held_tokens=100, copies=1) == ["cuda:0"]
     assert devices(enough, held_tokens=1000, copies=1) == ["cuda:0", "cuda:1"]
     assert devices(enough - 1, held_tokens=100, copies=1) == ["cuda:0", "cuda:1"]
@@ -469,7 +469,7 @@ def test_several_gpus_keep_room_for_what_a_run_needs(tmp_path):
     tiny_model("llama", **layers("llama", 6)).save_pretrained(tmp_path / "model")
     source = find_source(str(tmp_path / "model"))
     model = load_model(source, "cpu", "float32")
-    weights, beside = sum(p.nbytes for p in model.model.parameters()), room(model, 64, 0)
+    weights, beside = sum(p.nbytes for p in model.model.parameters()), memory_needed(model, 64, 0)
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.blocks)
     free = beside + weights // 3 + largest  # of each of three: the weights leave all of `beside`
     with pretended_gpus(3, free) as gpus:

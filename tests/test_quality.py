@@ -56,7 +56,7 @@ def test_metrics_share_one_decomposition(monkeypatch):
     monkeypatch.setattr(esd, "squared_singular_values", lambda weight: (calls.append(1), original(weight))[1])
     model = LanguageModel(tiny_model("llama"))
     names = [name for name in METRICS if name not in ("farms", "mp_softrank", "random_distance")]
-    scores = layer_quality(model, *names, portraits={})
+    scores = layer_quality(model, *names, esds={})
     assert len(calls) == len(model.matrices)
     assert list(scores) == names
 
@@ -96,10 +96,10 @@ def test_nan_names_the_matrix():
         layer_quality(model, "stable_rank")
 
 
-def test_portraits_hold_the_histogram_and_the_fit():
-    model, portraits = LanguageModel(tiny_model("llama")), {}
-    scores = layer_quality(model, "stable_rank", "alpha", portraits=portraits)
-    assert list(portraits) == list(scores["alpha"])
-    for name, portrait in portraits.items():
-        assert portrait["alpha"] == scores["alpha"][name]
-        assert sum(portrait["counts"]) == min(next(m.shape for m in model.matrices if m.name == name))
+def test_esds_hold_the_histogram_and_the_fit():
+    model, esds = LanguageModel(tiny_model("llama")), {}
+    scores = layer_quality(model, "stable_rank", "alpha", esds=esds)
+    assert list(esds) == list(scores["alpha"])
+    for name, esd in esds.items():
+        assert esd["alpha"] == scores["alpha"][name]
+        assert sum(esd["counts"]) == min(next(m.shape for m in model.matrices if m.name == name))

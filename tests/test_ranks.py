@@ -165,9 +165,9 @@ def test_one_process_where_several_were_asked_for(places, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_work_is_dealt_evenly(size, monkeypatch):
-    monkeypatch.setattr(ranks, "size", lambda: size)
+    monkeypatch.setattr(ranks, "world_size", lambda: size)
     costs = [float(cost) for cost in (9, 9, 9, 4, 4, 2, 2, 1, 1, 1)]
-    owners = ranks.deal(costs)
+    owners = ranks.balance(costs)
     loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == r) for r in range(size)]
     assert sum(loads) == sum(costs)
     assert max(loads) <= sum(costs) / size + max(costs)
@@ -176,11 +176,11 @@ def test_work_is_dealt_evenly(size, monkeypatch):
 
 def test_windows_are_split_without_loss(monkeypatch):
     windows = torch.arange(70).view(7, 10)
-    monkeypatch.setattr(ranks, "size", lambda: 3)
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        parts.append(ranks.mine(windows))
+        parts.append(ranks.shard(windows))
     assert sorted(torch.cat(parts)[:, 0].tolist()) == windows[:, 0].tolist()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -193,7 +193,7 @@ def test_statistics_add_up(needs):
         stats.add(tokens)
         stats.finish()
     sums = iter([other.tokens, other.gram if needs == "gram" else other.sum_squares])
-    part.add_up(lambda tensor: tensor.add_(next(sums)))
+    part.all_reduce(lambda tensor: tensor.add_(next(sums)))
     assert part.tokens == 30
     torch.testing.assert_close(part.sum_squares, whole.sum_squares)
     empty = InputStats.empty(needs, 8, torch.device("cpu"))

@@ -12,7 +12,7 @@ from lib.activations import Activations
 from lib.sequential import prune_model, walk
 from lib.training import Recipe
 
-FAST = Recipe(epochs=4, windows=4, rate=3e-3, floor=0.2)
+FAST = Recipe(epochs=4, windows=4, learning_rate=3e-3, min_lr_ratio=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +62,8 @@ def adam_by_hand(weight, gradient_of, rates, kept):
 
 def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
     """y = W x towards V x for 6 windows in steps of 4 and 2, whose order is the generator's; two epochs."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
-    monkeypatch.setattr(recovery, "RECIPE", Recipe(epochs=2, windows=4, rate=1e-2, floor=0.2))
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(recovery, "RECIPE", Recipe(epochs=2, windows=4, learning_rate=1e-2, min_lr_ratio=0.2))
     model = LanguageModel(tiny_model("llama"))
     matrix, generator = model.matrices[0], torch.Generator().manual_seed(3)
     matrix.write(PRUNERS["magnitude"].prune(matrix.weight, None, 0.5, Pattern()))
@@ -95,8 +95,8 @@ def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
 
 def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
     """Two blocks of a toy by autograd in float64: the second starts from what the first one's training has left."""
-    monkeypatch.setattr(precision, "fast_type", lambda _device: torch.float32)
-    recipe = Recipe(epochs=3, windows=4, rate=1e-2, floor=0.5)
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    recipe = Recipe(epochs=3, windows=4, learning_rate=1e-2, min_lr_ratio=0.5)
     monkeypatch.setattr(recovery, "RECIPE", recipe)
     hf, tokens = Toy([Block(), Block()]), tiny_tokens(8, 10)
     reference, model = copy.deepcopy(hf).double(), LanguageModel(hf)
@@ -112,7 +112,7 @@ def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
                 smallest = weight.abs().flatten().argsort()[: weight.numel() // 2]
                 weight.view(-1)[smallest] = 0
         kept = [weight != 0 for weight in weights]
-        adam, order = torch.optim.Adam(weights, lr=recipe.rate, eps=1e-10), torch.Generator().manual_seed(0)
+        adam, order = torch.optim.Adam(weights, lr=recipe.learning_rate, eps=1e-10), torch.Generator().manual_seed(0)
         for epoch in range(3):
             for place, step in enumerate(torch.randperm(2, generator=order).tolist()):
                 part = slice(4 * step, 4 * step + 4)
@@ -120,7 +120,7 @@ def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
                 (block(student[part]) - dense[part]).square().sum().backward()
                 for weight, mask in zip(weights, kept, strict=True):
                     weight.grad *= mask
-                adam.param_groups[0]["lr"] = recipe.rate * recipe.factor(2 * epoch + place, 6)
+                adam.param_groups[0]["lr"] = recipe.learning_rate * recipe.lr_factor(2 * epoch + place, 6)
                 adam.step()
         with torch.no_grad():
             student = block(student)
@@ -132,22 +132,22 @@ def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
 
 
 def test_rates_rise_and_fall():
-    recipe = Recipe(epochs=1, windows=2, rate=1.0, floor=0.1, warm_up=8)
-    rates = [recipe.factor(step, 32) for step in range(33)]
+    recipe = Recipe(epochs=1, windows=2, learning_rate=1.0, min_lr_ratio=0.1, warmup_steps=8)
+    rates = [recipe.lr_factor(step, 32) for step in range(33)]
     assert rates[:8] == [(k + 1) / 8 for k in range(8)]
     assert rates[8] == 1
     assert rates[20] == pytest.approx(0.55)  # half way down
     assert rates[32] == pytest.approx(0.1)
-    assert [recipe.factor(step, 8) for step in range(3)] == [0.5, 1, 1]  # of few steps a quarter
+    assert [recipe.lr_factor(step, 8) for step in range(3)] == [0.5, 1, 1]  # of few steps a quarter
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize(("windows", "counted"), [(24, 0), (23, 0), (48, 16), (41, 9)])
 def test_a_step_is_the_same_windows_for_any_number_of_ranks(size, windows, counted, monkeypatch):
-    recipe = Recipe(epochs=1, windows=8, rate=1.0, floor=0.1)
-    monkeypatch.setattr(ranks, "size", lambda: size)
+    recipe = Recipe(epochs=1, windows=8, learning_rate=1.0, min_lr_ratio=0.1)
+    monkeypatch.setattr(ranks, "world_size", lambda: size)
     shares = [len(range(rank, windows, size)) for rank in range(size)]
-    monkeypatch.setattr(ranks, "gather", lambda _: shares)
+    monkeypatch.setattr(ranks, "all_gather", lambda _: shares)
     batch, found = recipe.batch(4, counted), {}
     for rank in range(size):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
@@ -174,7 +174,7 @@ def test_statistics_are_of_the_first_windows_and_training_of_all(monkeypatch):
         model = LanguageModel(tiny_model("llama"))
         prune_model(
             model, PRUNERS["sparsegpt"], {m.name: 0.5 for m in model.matrices}, Pattern(), windows, batch_size=4,
-            asymmetry=0.5, recovery=True, counted=counted,
+            asymmetry=0.5, recovery=True, stats_windows=counted,
         )  # fmt: skip
         results[name] = [matrix.weight.clone() for matrix in model.matrices]
     same = lambda a, b: all(map(torch.equal, results[a], results[b]))  # noqa: E731

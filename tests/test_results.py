@@ -67,11 +67,11 @@ def test_checkpoint_replaces_its_own_and_no_other(tmp_path, model):
     config = config_of(tmp_path, save_model=str(target))
     results.prepare(config)
     save_checkpoint(model, target, record_of(config))
-    assert json.loads((target / results.MARK).read_text())["sparsity"]["target"] == 0.5
+    assert json.loads((target / results.RECORD_FILE).read_text())["sparsity"]["target"] == 0.5
     results.prepare(config)
     save_checkpoint(model, target, record_of(config))
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "pruned"}  # no temporary folder is left
-    (target / results.MARK).unlink()
+    (target / results.RECORD_FILE).unlink()
     with pytest.raises(RunError, match="--save_model"):
         results.prepare(config)
 

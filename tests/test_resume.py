@@ -80,7 +80,7 @@ def test_a_resumed_run_says_so_and_skips_what_is_done(here, uninterrupted):
     moment, out = 1 + events.index("before block-00002.json"), here / "says"
     run("tests/killed.py", [str(moment), str(out), *flags(here, out)])
     done = run("tests/killed.py", ["0", str(here / "second"), *flags(here, out)])
-    assert "going on after block 2 of 3" in done.stderr
+    assert "resuming after block 2 of 3" in done.stderr
     assert "pruning 7 matrices" in done.stderr
     assert done.stderr.count("pruning 7 matrices") == 1
     second = (here / "second").read_text().splitlines()

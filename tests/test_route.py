@@ -201,7 +201,7 @@ def test_streams_give_what_the_models_own_forward_gives(toy, stored, tmp_path):
             again = [stream.output(visit, batch) for batch in range(len(stream))]
             stream.advance(visit)
             assert all(torch.equal(one, other) for one, other in zip(again, stream.hidden, strict=True))
-        for read, last in stream.finish():
+        for read, last in stream.outputs():
             assert torch.equal(last, model.hidden_states(read))
 
 
@@ -210,7 +210,7 @@ def test_what_nobody_reads_is_not_kept():
     stream = Stream(model, tiny_tokens(), 2)
     for visit in range(3):
         stream.advance(visit)
-        assert [held.alike(torch.empty(1, 24, 16)) for held in stream._held.values()][-1:] == [True]
+        assert [held.same_layout(torch.empty(1, 24, 16)) for held in stream._held.values()][-1:] == [True]
         assert len({id(held) for held in stream._held.values()}) == 1
 
 

@@ -111,7 +111,7 @@ def test_hooks_on_blocks_are_part_of_them():
     stream = Stream(model, tiny_tokens(), 2)
     for visit in range(3):
         stream.advance(visit)
-    found = torch.cat([last for _, last in stream.finish()])
+    found = torch.cat([last for _, last in stream.outputs()])
     torch.testing.assert_close(found, model.hidden_states(tiny_tokens()))
 
 

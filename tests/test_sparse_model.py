@@ -102,7 +102,7 @@ def test_values_of_32_bits_are_rounded_as_little_as_16_can():
 
 def test_size():
     packed = pack(sparse_matrix(512, 1024, torch.bfloat16, 0.7))
-    assert packed.bytes / (512 * 1024) == pytest.approx(format.bytes_a_weight(packed.sparsity), abs=0.02)
+    assert packed.bytes / (512 * 1024) == pytest.approx(format.bytes_per_weight(packed.sparsity), abs=0.02)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

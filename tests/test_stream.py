@@ -47,7 +47,7 @@ def test_streamed_is_in_memory_to_the_bit(architecture, pruner, tmp_path):
     results.save_checkpoint(whole, tmp_path / "whole")
 
     streamed = open_model(source, "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     journal = Journal(config_of(tmp_path), streamed)
     store = Store(tmp_path, limit=0)  # everything in the file
     prune_model(
@@ -75,7 +75,7 @@ def test_streamed_is_in_memory_with_a_dense_model_beside_it(architecture, tmp_pa
     tiny_model(architecture).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
     whole, streamed = load_model(source, "cpu"), open_model(source, "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     journal = Journal(config_of(tmp_path), streamed)
     for model, more in ((whole, {}), (streamed, {"commit": journal.commit, "store": Store(tmp_path, limit=0)})):
         prune_model(
@@ -95,7 +95,7 @@ def test_dtypes_of_files_and_of_runs(stored, dtype, tmp_path):
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
     whole = load_model(source, "cpu", dtype)
     streamed = open_model(source, "cpu", dtype)
-    streamed.load_rest()
+    streamed.load_non_blocks()
     assert perplexity(streamed, tokens) == perplexity(whole, tokens)
     journal = Journal(config_of(tmp_path, dtype=dtype), streamed)
     for model, commit in ((whole, None), (streamed, journal.commit)):
@@ -108,7 +108,7 @@ def test_dtypes_of_files_and_of_runs(stored, dtype, tmp_path):
 def test_only_one_block_is_resident(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     streamed = open_model(find_source(str(tmp_path / "model")), "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     seen = []
 
     def look(block, _stats, _events):
@@ -131,7 +131,7 @@ def folder(tmp_path):
 def journal_after(folder, blocks: int, **options) -> None:
     """A run that was killed when so many blocks were committed."""
     streamed = open_model(find_source(str(folder / "model")), "cpu")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     journal = Journal(config_of(folder, **options), streamed)
 
     def commit(block, stats, events):
@@ -186,7 +186,7 @@ def test_streamed_on_cuda_is_in_memory_on_cuda(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()
     whole, streamed = load_model(source, "cuda", "float32"), open_model(source, "cuda", "float32")
-    streamed.load_rest()
+    streamed.load_non_blocks()
     journal = Journal(config_of(tmp_path, device="cuda"), streamed)
     prune_model(whole, PRUNERS["wanda"], targets_of(whole), Pattern(), tokens)
     prune_model(

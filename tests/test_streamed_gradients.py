@@ -8,10 +8,10 @@ from test_stream import config_of
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
 import main
-from lib import PRUNERS, Pattern, RunConfig, RunError, find_source, prune_model
+from lib import PRUNERS, Pattern, RunConfig, RunError, evaluator, find_source, prune_model
 from lib.activations import Store
 from lib.fisher import row_fisher
-from lib.gradients import visit_gradients
+from lib.gradients import for_each_gradient
 from lib.load import load_model, open_model
 from lib.plan import plan
 from lib.trials import Trials
@@ -25,13 +25,13 @@ def both(name: str, folder, dtype: str = "auto"):
     hf.save_pretrained(folder / "model", max_shard_size="20KB")
     source = find_source(str(folder / "model"))
     streamed = open_model(source, "cpu", dtype)
-    streamed.load_rest()
+    streamed.load_non_blocks()
     return load_model(source, "cpu", dtype), streamed
 
 
 def gradients_of(model, tokens, batch_size, store=None) -> dict[str, list[torch.Tensor]]:
     found: dict[str, list[torch.Tensor]] = {}
-    visit_gradients(
+    for_each_gradient(
         model, tokens, lambda matrix, gradient: found.setdefault(matrix.name, []).append(gradient.clone()),
         batch_size=batch_size, store=store,
     )  # fmt: skip
@@ -87,9 +87,9 @@ def test_fisher_and_trials_of_a_streamed_model_are_those_in_memory(name, tmp_pat
 
         rows = row_fisher(model, tokens, store)
         trials = Trials(model, prune, tokens, tiny_tokens(3, seed=2), 2, store)
-        parts, found = trials.marginals(0.5, 0.0, None)
+        parts, found = trials.attribute_loss(0.5, 0.0, None)
         uneven = {m.name: 0.3 + 0.2 * (m.block % 2) for m in model.matrices}
-        tried = [one["perplexity"] for one in trials.best("epsilon", {0.2: (uneven, 0.0)})["tried"]]
+        tried = [one["perplexity"] for one in trials.grid_search("epsilon", {0.2: (uneven, 0.0)})["tried"]]
         with model.resident_block(0):  # everything is put back
             weights = [m.weight.clone() for m in model.matrices_of(0)]
         results.append((rows, parts, found["uniform"], tried, weights))
@@ -118,7 +118,7 @@ def test_a_shared_matrix_is_refused_before_any_work(tmp_path, monkeypatch):
     tiny_model("zamba").save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     make_texts(tmp_path)
-    monkeypatch.setattr(main, "perplexity", lambda *_, **__: pytest.fail("the work has begun"))
+    monkeypatch.setattr(evaluator, "perplexity", lambda *_, **__: pytest.fail("the work has begun"))
     config = run_config(tmp_path, prune_method="wanda_search", sparsity_ratio=0.5, stream=True)
     with pytest.raises(RunError, match=r"--stream: .*shared_transf.* is used more than once .* leave out --stream"):
         main.run(config)
@@ -146,14 +146,14 @@ def test_gradients_on_the_way_back_are_held_for_one_block(tmp_path, monkeypatch)
     """Beside what every block gives, by the formula of docs/scaling.md: L + 1 hidden states, and 2 on the way back."""
     tiny_model("llama", num_hidden_layers=8).save_pretrained(tmp_path / "model")
     model = open_model(find_source(str(tmp_path / "model")), "cpu")
-    model.load_rest()
-    store, most, hold = Store(tmp_path, limit=10**9), [], Store.hold
+    model.load_non_blocks()
+    store, most, reserve = Store(tmp_path, limit=10**9), [], Store.reserve
 
     def watched(self, size: int, owner: object) -> None:
-        hold(self, size, owner)
+        reserve(self, size, owner)
         most.append(self.held)
 
-    monkeypatch.setattr(Store, "hold", watched)
+    monkeypatch.setattr(Store, "reserve", watched)
     gradients_of(model, tiny_tokens(8), 2, store)
     assert max(most) <= (8 + 1 + 2) * 8 * 24 * 32 * 4
     assert store.held == 0

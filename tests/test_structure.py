@@ -108,8 +108,9 @@ def test_methods_are_all_pairs():
 
 def test_the_page_on_design_maps_every_file():
     page = (ROOT / "docs/design.md").read_text()
-    for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "lib/results").glob("*.py"), *(ROOT / "script").iterdir()]:
-        if path.is_file() and path.name != "__init__.py":
+    scripts = [path for path in (ROOT / "script").rglob("*.*") if path.suffix != ".pyc" and not path.is_symlink()]
+    for path in [*(ROOT / "lib").glob("*.py"), *(ROOT / "lib/results").glob("*.py"), *scripts]:
+        if path.name != "__init__.py":
             assert path.name in page, path.name
     mapped = re.findall(r"^      (\w+\.py) ", page, re.MULTILINE)
     assert len(mapped) == len(set(mapped))

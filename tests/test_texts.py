@@ -71,12 +71,12 @@ def test_a_text_is_the_same_in_every_form(written, tokenizer, tmp_path):
         path = tmp_path / f"rows.{suffix}{packed}"
         path.write_bytes(WRITTEN[written](b"\n" + lines(DOCUMENTS, url="x") + b" \n"))
         assert list(texts.rows("", path, "")) == DOCUMENTS
-        numbered = texts.numbered("", path, "")
+        numbered = texts.indexed_rows("", path, "")
         assert len(numbered) == len(DOCUMENTS)
         assert [numbered[i] for i in (59, 0, 31)] == [DOCUMENTS[i] for i in (59, 0, 31)]
     path = tmp_path / f"array.json{packed}"
     path.write_bytes(WRITTEN[written](json.dumps([{"text": text} for text in DOCUMENTS], indent=1).encode()))
-    assert list(texts.rows("", path, "")) == DOCUMENTS == list(texts.numbered("", path, ""))
+    assert list(texts.rows("", path, "")) == DOCUMENTS == list(texts.indexed_rows("", path, ""))
 
 
 def drawn(tokenizer, documents: list[str], nsamples: int, seqlen: int, seed: int) -> torch.Tensor:

@@ -65,7 +65,7 @@ def test_a_sentencepiece_folder_gives_sentencepieces_ids_after_bos(name, model, 
     for text in TEXTS:
         assert tokenizer(text).input_ids == [*before, *sp.encode(text), *after], text
         assert tokens.encode(tokenizer, text, special=False).tolist() == sp.encode(text), text
-    assert tokens.beginning(tokenizer) == before
+    assert tokens.prefix(tokenizer) == before
     assert tokens.bos(tokenizer) == (before or [1])[0]
 
     save_tokenizer(tokenizer, tmp_path / "saved")
@@ -200,14 +200,14 @@ def test_without_a_bos_token_none_is_put_in_front(models_of, tmp_path):
     folder = model_folder(tmp_path / "model", models_of["bpe"], {**CLASS, "bos_token": None})
     tokenizer = load_tokenizer(find_source(str(folder)))
     assert tokenizer("the river").input_ids == pieces(models_of["bpe"]).encode("the river")
-    assert tokens.beginning(tokenizer) == []
+    assert tokens.prefix(tokenizer) == []
     assert tokens.bos(tokenizer) is None
 
 
 def test_what_is_put_in_front_is_seen_where_hardly_a_letter_is_known():
     made = Tokenizer(models.BPE({"A": 0, "C": 1, "<s>": 2}, []))  # what it does not know it drops
     made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 2)])
-    assert tokens.beginning(transformers.PreTrainedTokenizerFast(tokenizer_object=made)) == [2]
+    assert tokens.prefix(transformers.PreTrainedTokenizerFast(tokenizer_object=made)) == [2]
 
 
 def test_a_sentencepiece_model_that_transformers_makes_something_else_of_is_one_line(models_of, tmp_path):
@@ -226,7 +226,7 @@ def test_other_kinds_are_left_to_transformers(tmp_path):
     assert type(tokenizer) is type(own)
     for text in TEXTS:
         assert tokenizer(text).input_ids == own(text).input_ids
-    assert tokens.beginning(tokenizer) == []
+    assert tokens.prefix(tokenizer) == []
     assert tokens.bos(tokenizer) == tokenizer.bos_token_id
 
     model = train(model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
@@ -244,8 +244,10 @@ def test_every_window_begins_with_bos_where_asked(models_of, tmp_path):
     assert once.flatten().tolist() == [1, *ids][: len(once) * 16]
     every = evaluation_windows(str(tmp_path / "text.txt"), tokenizer, seqlen=16, add_bos="every")
     assert every.tolist() == [[1, *ids[i : i + 15]] for i in range(0, len(ids) - 14, 15)]
-    assert tokens.beginnings(tokenizer, every=False) == "the text that windows are cut from begins with <s> (1), once"
-    assert tokens.beginnings(tokenizer, every=True) == "every window begins with <s> (1)"
+    assert (
+        tokens.describe_prefix(tokenizer, every=False) == "the text that windows are cut from begins with <s> (1), once"
+    )
+    assert tokens.describe_prefix(tokenizer, every=True) == "every window begins with <s> (1)"
 
 
 def test_what_is_no_sentencepiece_model_is_one_line(tmp_path):

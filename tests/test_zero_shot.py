@@ -22,7 +22,7 @@ from tiny import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import main
-from lib import LanguageModel, RunConfig, RunError, find_source, open_model, results, zero_shot
+from lib import LanguageModel, RunConfig, RunError, find_source, open_model, results, workspace, zero_shot
 from lib import hub as doors
 from lib.activations import Store
 from lib.harness import HarnessModel
@@ -205,7 +205,7 @@ def test_log_likelihoods_are_those_of_the_models_own_forward(architecture, tmp_p
         expected.append(float(picked.sum()))
     hf.save_pretrained(tmp_path)
     streamed = open_model(find_source(str(tmp_path)), "cpu", "float32", tokenizer)
-    streamed.load_rest()
+    streamed.load_non_blocks()
     whole = LanguageModel(hf, tokenizer)
     for model, store in ((whole, None), (streamed, Store(tmp_path, 0)), (streamed, Store(tmp_path, 2**40))):
         seen = HarnessModel(model, lambda length: max(1, 60 // length), store=store)
@@ -219,7 +219,7 @@ def test_a_streamed_model_is_passed_over_as_often_as_its_hidden_states_need(fold
     streamed = open_model(
         find_source(str(folder)), "cpu", "float32", transformers.AutoTokenizer.from_pretrained(folder)
     )
-    streamed.load_rest()
+    streamed.load_non_blocks()
     requests = [Instance("loglikelihood", {}, (text(i, 3 + i), " river"), i) for i in range(12)]
     passes, own = [], harness.last_hidden_states
     monkeypatch.setattr(harness, "last_hidden_states", lambda *a, **k: passes.append(1) or own(*a, **k))
@@ -371,7 +371,7 @@ def test_one_line_before_the_model(tasks, says, hub, folder, tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     (tmp_path / "badly").mkdir()
     (tmp_path / "badly" / "bad.yaml").write_text("task: [mine\nother: {")
-    monkeypatch.setattr(main, "load_model", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(workspace, "load_model", lambda *a, **k: pytest.fail("the weights were read"))
     with pytest.raises(RunError, match=f"^--tasks.*{says}") as error:
         main.run(config_of(folder, tmp_path, tasks=(tasks.format(tmp=tmp_path),)))
     assert "Traceback" not in str(error.value)

@@ -181,22 +181,22 @@ def test_sparsegpt_removes_dead_inputs_beyond_their_groups_share():
 def test_what_stays_makes_up_for_the_zeros():
     """Values that stand where zeros have to stay (the aim's) are removed as any others are: against float64."""
     weight, x = torch.randn(12, 64, generator=torch.Generator().manual_seed(1)), correlated_inputs(500, 64)
-    gone = torch.rand(12, 64, generator=torch.Generator().manual_seed(2)) < 0.5
-    pattern, sparsity = Pattern(gone=gone), float(gone.float().mean())
+    zeroed = torch.rand(12, 64, generator=torch.Generator().manual_seed(2)) < 0.5
+    pattern, sparsity = Pattern(zeroed=zeroed), float(zeroed.float().mean())
     hessian = x.double().T @ x.double()
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(64)
 
     expected = weight.double()  # optimal brain surgeon from left to right
     for j in range(64):
         inverse = torch.linalg.inv(hessian[j:, j:])
-        expected[:, j:] -= torch.outer(torch.where(gone[:, j], expected[:, j], 0) / inverse[0, 0], inverse[0])
-        expected[gone[:, j], j] = 0
+        expected[:, j:] -= torch.outer(torch.where(zeroed[:, j], expected[:, j], 0) / inverse[0, 0], inverse[0])
+        expected[zeroed[:, j], j] = 0
     found = PRUNERS["sparsegpt"].prune(weight, stats_of(x), sparsity, pattern)
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
 
     found = PRUNERS["alps"].prune(weight, stats_of(x), sparsity, pattern)  # least squares on what stays
     best = torch.zeros_like(expected)
-    for row, kept in enumerate(~gone):
+    for row, kept in enumerate(~zeroed):
         target = hessian[kept] @ weight[row].double()
         best[row, kept] = torch.linalg.solve(hessian[kept][:, kept], target)
 
@@ -204,30 +204,30 @@ def test_what_stays_makes_up_for_the_zeros():
         gap = other.double() - weight.double()
         return float((gap @ hessian * gap).sum())
 
-    assert bool((found[gone] == 0).all())
-    assert error(found) < 1.02 * error(best) < 0.8 * error(expected) < error(weight.masked_fill(gone, 0))
+    assert bool((found[zeroed] == 0).all())
+    assert error(found) < 1.02 * error(best) < 0.8 * error(expected) < error(weight.masked_fill(zeroed, 0))
 
 
 def test_counts_of_groups_by_hand():
     # 4 groups of 2 columns and 5 rows at a half: 5 each.
     assert counts_of_groups(8, 5, 2, 0.5, None) == [5, 5, 5, 5]
-    gone = torch.zeros(8, 5, dtype=torch.bool)
-    gone[4:6] = True  # the third group has 10: the fourth has to make up for what the first two still took
-    assert counts_of_groups(8, 5, 2, 0.5, gone) == [5, 5, 10, 0]
-    gone[6:8] = True  # the last two hold all that may go
-    assert counts_of_groups(8, 5, 2, 0.5, gone) == [0, 0, 10, 10]
-    gone[:2] = True
-    assert counts_of_groups(8, 5, 2, 0.5, gone) == [10, 0, 10, 10]
+    zeroed = torch.zeros(8, 5, dtype=torch.bool)
+    zeroed[4:6] = True  # the third group has 10: the fourth has to make up for what the first two still took
+    assert counts_of_groups(8, 5, 2, 0.5, zeroed) == [5, 5, 10, 0]
+    zeroed[6:8] = True  # the last two hold all that may go
+    assert counts_of_groups(8, 5, 2, 0.5, zeroed) == [0, 0, 10, 10]
+    zeroed[:2] = True
+    assert counts_of_groups(8, 5, 2, 0.5, zeroed) == [10, 0, 10, 10]
 
 
 def test_rows_lose_alike_beyond_their_zeros_by_hand():
     scores = torch.tensor([[5.0, 5, 5, 5], [1.0, 2, 3, 4], [4.0, 3, 2, 1]])
-    gone = torch.zeros(3, 4, dtype=torch.bool)
-    gone[0] = True
+    zeroed = torch.zeros(3, 4, dtype=torch.bool)
+    zeroed[0] = True
     # Of 7, the first row has 4; one each is left for the others, and the third goes where the next score is lowest.
-    assert lowest_of_rows(scores, 7 / 12, gone).sum(1).tolist() == [4, 2, 1]
-    assert lowest_of_rows(scores + torch.tensor([[0.0], [1], [0]]), 7 / 12, gone).sum(1).tolist() == [4, 1, 2]
-    assert torch.equal(lowest_of_rows(scores, 0.25, gone), gone)
+    assert lowest_of_rows(scores, 7 / 12, zeroed).sum(1).tolist() == [4, 2, 1]
+    assert lowest_of_rows(scores + torch.tensor([[0.0], [1], [0]]), 7 / 12, zeroed).sum(1).tolist() == [4, 1, 2]
+    assert torch.equal(lowest_of_rows(scores, 0.25, zeroed), zeroed)
 
 
 def test_gone_weights_come_first_whatever_their_scores():
@@ -235,13 +235,13 @@ def test_gone_weights_come_first_whatever_their_scores():
     for select in (lowest_of_matrix, lowest_of_rows):
         for share in (0.1, 0.5, 0.9):
             scores = torch.rand(13, 16, generator=generator)
-            gone = torch.rand(13, 16, generator=generator) < share
-            gone[2], gone[3] = True, False
+            zeroed = torch.rand(13, 16, generator=generator) < share
+            zeroed[2], zeroed[3] = True, False
             for sparsity in (0.0, 0.3, 0.6, 0.95, 1.0):
-                mask = select(scores, sparsity, gone)
-                assert bool(mask[gone].all())
-                assert int(mask.sum()) == max(round(sparsity * 208), int(gone.sum()))
-                nothing = torch.zeros_like(gone)
+                mask = select(scores, sparsity, zeroed)
+                assert bool(mask[zeroed].all())
+                assert int(mask.sum()) == max(round(sparsity * 208), int(zeroed.sum()))
+                nothing = torch.zeros_like(zeroed)
                 assert torch.equal(select(scores, sparsity, nothing), select(scores, sparsity))
     mask = lowest_of_groups(
         torch.tensor([[1.0, 2, 3, 4, 4, 3, 2, 1]]), 2, 4, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 0]]) > 0

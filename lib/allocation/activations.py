@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..stats import InputStats, wanda_scores
 from .base import Problem, allocation, by_mapping
-from .budget import around
+from .budget import shift_to_budget
 
 LSA_GROUP = 128  # columns pruned together
 LSA_GROUPS_ON_GPU = 4
@@ -22,7 +22,7 @@ def _keep_more(problem: Problem, scores: Mapping[str, float], sparsity: float, s
     """S + mean(keep) - keep with keep in [0, 2 span], growing with the score."""
     low, high = min(scores.values()), max(scores.values())
     keep = {name: 2 * span * (score - low) / (high - low) for name, score in scores.items()}
-    return around(sparsity, keep, problem.sizes)
+    return shift_to_budget(sparsity, keep, problem.sizes)
 
 
 def _importance(scores: Mapping[str, float]) -> dict[str, float]:

@@ -41,7 +41,7 @@ def fit_budget(
     return _reaching(sparsity, result, sizes, s_min, s_max)
 
 
-def around(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+def shift_to_budget(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
     """clip(c - keep, S_MIN, S_MAX) with the c at which their mean, weighted by `sizes`, is `sparsity`, by bisection.
 
     Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed. Raises RunError

@@ -1,4 +1,4 @@
-"""Allocation by measurement: what the loss on windows held out says each matrix's weights are worth."""
+"""Allocation by sensitivity: what pruning each matrix costs, measured on held-out windows."""
 
 import math
 import re
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .base import Problem, allocation, by_mapping
-from .budget import around
+from .budget import shift_to_budget
 
 KAPPA = 6.0  # with which the marginal loss grows, as exp(KAPPA s); measured 4 to 10, the more the worse the model
-LEAST = 0.2  # of the median: what a block's or kind's worth is taken to be at least
+MIN_SENSITIVITY = 0.2  # of the median: the least sensitivity of a block or kind
 ROUNDS = 50
 
 
@@ -25,19 +25,19 @@ def search(problem: Problem) -> dict[str, float]:
     """
     slope = problem.options["search_strength"] / KAPPA
     of_block = _per_weight(problem.scores, problem.sizes, problem.blocks)
-    by_worth = replace(
+    by_sensitivity = replace(
         problem,
-        scores={name: slope * math.log(worth) for name, worth in _worths(problem).items()},
-        block_scores={block: slope * math.log(worth) for block, worth in of_block.items()},
+        scores={name: slope * math.log(sensitivity) for name, sensitivity in _sensitivities(problem).items()},
+        block_scores={block: slope * math.log(sensitivity) for block, sensitivity in of_block.items()},
     )
-    return by_mapping(by_worth, lambda scores, sparsity: around(sparsity, scores, problem.sizes))
+    return by_mapping(by_sensitivity, lambda scores, sparsity: shift_to_budget(sparsity, scores, problem.sizes))
 
 
 def _kind(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _worths(problem: Problem) -> dict[str, float]:
+def _sensitivities(problem: Problem) -> dict[str, float]:
     """u_block * v_kind of every matrix, such that the sums over blocks and over kinds are those of the parts."""
     kinds = {name: _kind(name) for name in problem.scores}
     u, v = {}, dict.fromkeys(kinds.values(), 1.0)
@@ -48,10 +48,10 @@ def _worths(problem: Problem) -> dict[str, float]:
 
 
 def _per_weight(parts: Mapping[str, float], weights: Mapping[str, float], group: Mapping[str, object]) -> dict:
-    """Sum of parts over sum of weights in each group, not below LEAST of the median."""
+    """Sum of parts over sum of weights in each group, not below MIN_SENSITIVITY of the median."""
     groups: dict[object, list[str]] = {}
     for name, key in group.items():
         groups.setdefault(key, []).append(name)
     found = {key: sum(parts[n] for n in names) / sum(weights[n] for n in names) for key, names in groups.items()}
-    least = LEAST * max(statistics.median(found.values()), 1e-12)
+    least = MIN_SENSITIVITY * max(statistics.median(found.values()), 1e-12)
     return {key: max(value, least) for key, value in found.items()}

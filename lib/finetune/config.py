@@ -10,7 +10,7 @@ from ..data import ADD_BOS, find_corpus
 from ..errors import RunError
 from ..flags import Flags, flag
 from ..load import choose_device, locate
-from ..precision import fast_type
+from ..precision import fast_dtype
 from ..zero_shot import PAPER
 
 METHODS = ("lora", "full")
@@ -140,7 +140,7 @@ class FinetuneConfig(Flags):
     def passes(self) -> torch.dtype:
         """The type that forward and backward passes multiply in."""
         if self.dtype == "auto":
-            return fast_type(torch.device(choose_device(self.device)).type)
+            return fast_dtype(torch.device(choose_device(self.device)).type)
         return getattr(torch, self.dtype)
 
     def held(self, checkpoint_dtype) -> str:

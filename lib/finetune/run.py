@@ -13,19 +13,19 @@ from ..data import evaluation_windows, training_windows
 from ..errors import RunError
 from ..evaluate import perplexity, sparsity_by_matrix
 from ..inputs import read_tasks
-from ..load import Source, find_source, load_config, load_model, load_tokenizer, open_model, window_limit
+from ..load import Source, context_length, find_source, load_config, load_model, load_tokenizer, open_model
 from ..masks import Pattern
 from ..model import LanguageModel
 from ..stopwatch import Stopwatch
 from ..stream import BlockwiseError
 from .config import FinetuneConfig
-from .student import DivergedError, MaskedLora, PlainLora, Student, Survivors
-from .teacher import Teacher, as_teacher
-from .zeros import Zeros
+from .student import DivergedError, MaskedFull, MaskedLora, PlainLora, Student
+from .teacher import Teacher, teacher_errors
+from .zeros import ZeroMask
 
 log = logging.getLogger(__name__)
 
-FEW = 0.05  # a share of zeros that a model may have which nobody pruned
+FEW_ZEROS = 0.05  # a share of zeros that a model may have which nobody pruned
 
 
 def run(config: FinetuneConfig) -> dict:
@@ -39,9 +39,9 @@ def run(config: FinetuneConfig) -> dict:
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         pruning = results.pruning_record(source.path)
         calibrated = pruning and pruning["config"].get("seqlen")
-        seqlen = config.window(window_limit(load_config(source)), calibrated or 2048)
+        seqlen = config.window(context_length(load_config(source)), calibrated or 2048)
         tokenizer = load_tokenizer(source)
-        wise = _find_teacher(config, tokenizer)
+        teacher_source = _find_teacher(config, tokenizer)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
         tasks = read_tasks(config, tokenizer, events)
         from .train import check_optimiser, train  # the Trainer takes seconds to import
@@ -69,13 +69,13 @@ def run(config: FinetuneConfig) -> dict:
         return {"loss": held_out and math.log(held_out), "perplexity": found, "accuracies": accuracies}
 
     state = results.TrainingState(config, described["digest"])
-    before = state.recall("before", lambda: measure("before"))
+    before = state.cached("before", lambda: measure("before"))
     log.info("before: %s", _said(before))
     with clock("teacher"):
-        teacher = wise and _teach(config, wise, tokenizer, model, windows, batch, state)
+        teacher = teacher_source and _teach(config, teacher_source, tokenizer, model, windows, batch, state)
     with clock("train"):
         student = _student(config, model, teacher)
-        if not student.settle_passes(windows[:1]):
+        if not student.choose_precision(windows[:1]):
             note(events, f"{described['class']} does not run in mixed precision: passes are in its own type")
         model.model.train()
         try:
@@ -92,7 +92,7 @@ def run(config: FinetuneConfig) -> dict:
         note(events, "the adapter knows of no zeros: merged into the pruned model it fills them")
     else:
         results.save_checkpoint(model, config.save_model)
-    after, left = measure("after"), Zeros(model)
+    after, left = measure("after"), ZeroMask(model)
     log.info("after: %s", _said(after))
     if before["loss"] is not None and not after["loss"] < before["loss"]:
         note(events, "the loss on text held out did not fall: a lower --learning_rate or fewer --epochs may do better")
@@ -132,28 +132,28 @@ def _texts(config: FinetuneConfig, tokenizer, seqlen: int) -> tuple[Tensor, Tens
     evaluation = None
     if config.eval_wikitext:
         evaluation = evaluation_windows(config.eval_data, tokenizer, limit=config.eval_windows, **common)
-        ranks.enough(f"--eval_windows {len(evaluation)}", evaluation)
+        ranks.check_enough(f"--eval_windows {len(evaluation)}", evaluation)
     windows, validation = training_windows(
         config.data, tokenizer, nsamples=config.nsamples, held_out=config.validation_windows, seed=config.seed,
-        apart=evaluation, **common,
+        exclude=evaluation, **common,
     )  # fmt: skip
-    ranks.enough(f"--nsamples {len(windows)}", windows)
+    ranks.check_enough(f"--nsamples {len(windows)}", windows)
     if not config.validation_windows:
         return windows, None, evaluation
-    ranks.enough(f"--validation_windows {config.validation_windows}", validation)
+    ranks.check_enough(f"--validation_windows {config.validation_windows}", validation)
     return windows, validation, evaluation
 
 
-def _zeros(model: LanguageModel, events: list[dict]) -> Zeros:
+def _zeros(model: LanguageModel, events: list[dict]) -> ZeroMask:
     """The model's zeros. Raises RunError where there are none to keep."""
-    zeros = Zeros(model)
+    zeros = ZeroMask(model)
     share = zeros.count / model.prunable_parameters
     if not zeros.count:
         raise RunError(
             f"--model {model.name}: is dense: none of its {model.prunable_parameters} prunable weights is zero; prune "
             "it first, or fine-tune it with peft or the Trainer themselves"
         )
-    if share < FEW:
+    if share < FEW_ZEROS:
         note(events, f"only {share:.2%} of the prunable weights are zero: was the model pruned?")
     return zeros
 
@@ -164,7 +164,7 @@ def _note_other_zeros(model: LanguageModel, events: list[dict]) -> None:
     for name, parameter in model.model.named_parameters():
         if id(parameter) not in prunable and parameter.dim() > 1:
             share = 1 - int(parameter.count_nonzero()) / parameter.numel()
-            if FEW < share < 1:  # one that is all zeros begins so
+            if FEW_ZEROS < share < 1:  # one that is all zeros begins so
                 filled.append(f"{name} ({share:.0%})")
     if filled:
         note(events, f"zeros outside the prunable matrices are trained like other weights: {', '.join(filled)}")
@@ -174,7 +174,7 @@ def _find_teacher(config: FinetuneConfig, tokenizer) -> Source | None:
     """Where the teacher comes from. Raises RunError where its tokens are not the student's."""
     if config.teacher is None:
         return None
-    with as_teacher(config.teacher):
+    with teacher_errors(config.teacher):
         source = find_source(config.teacher, config.cache_dir, config.trust_remote_code)
         own = load_tokenizer(source)
     if own.get_vocab() != tokenizer.get_vocab():
@@ -187,12 +187,12 @@ def _teach(
 ) -> Teacher:
     limit = None if config.activation_memory is None else int(config.activation_memory * 1e9)
     rest = (windows, batch, Store(state.folder, limit), student.model.get_output_embeddings().weight.shape[0])
-    with as_teacher(config.teacher):
-        source = results.as_safetensors(source)
+    with teacher_errors(config.teacher):
+        source = results.convert_to_safetensors(source)
         held = config.held(load_config(source).dtype)
         try:
             teacher = open_model(source, config.device, held, tokenizer)
-            teacher.load_rest()
+            teacher.load_non_blocks()
             return Teacher(teacher, *rest)
         except BlockwiseError:
             log.info("the teacher's blocks cannot be called one by one: it is loaded whole")
@@ -203,12 +203,12 @@ def _student(config: FinetuneConfig, model: LanguageModel, teacher: Teacher | No
     torch.manual_seed(config.seed)
     rest = (config.passes, teacher, config.share)
     if config.method == "full":
-        return Survivors(model, *rest)
+        return MaskedFull(model, *rest)
     kind = PlainLora if config.keep_adapter else MaskedLora
     return kind(model, config.rank, config.alpha, config.lora_targets, *rest)
 
 
-def _check_trained(model: LanguageModel, zeros: Zeros) -> None:
+def _check_trained(model: LanguageModel, zeros: ZeroMask) -> None:
     """Raises DivergedError for weights that are none any more; a zero that was filled is a bug."""
     for matrix in model.matrices:
         if not matrix.weight.isfinite().all():

@@ -60,7 +60,7 @@ class Student(nn.Module):
             return functional_call(self.forward_pass, weights, (tokens,))
 
     @torch.no_grad()
-    def settle_passes(self, tokens: Tensor) -> bool:
+    def choose_precision(self, tokens: Tensor) -> bool:
         """Whether the model's code runs in the type of its passes; where it adds up tensors of two types, they are in
         the model's own type from then on. Changes nothing else.
         """
@@ -103,7 +103,7 @@ class _ForwardPass(nn.Module):
 
     def __init__(self, model: LanguageModel):
         super().__init__()
-        self.model, self._own_logits = model.model, model.own_logits
+        self.model, self._own_logits = model.model, model.forward_logits
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self._own_logits(tokens)
@@ -142,7 +142,7 @@ class MaskedLora(Student):
         self.updates = nn.ModuleList()
 
 
-class Survivors(Student):
+class MaskedFull(Student):
     """All weights are trained, of the prunable matrices those that are not zero.
 
     Of each such matrix there is one vector, its survivors in float32, so that gradients and the optimiser's state are
@@ -208,9 +208,9 @@ class PlainLora(Student):
         super().__init__(model, *rest)
         self.adapter = (adapted,)  # not as a module, of which it is one already
 
-    def settle_passes(self, tokens: Tensor) -> bool:
+    def choose_precision(self, tokens: Tensor) -> bool:
         try:
-            return super().settle_passes(tokens)
+            return super().choose_precision(tokens)
         except (ValueError, AttributeError, TypeError) as error:  # of code that reads what peft has wrapped
             raise _no_adapter(self.language_model, error) from error
 

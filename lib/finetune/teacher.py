@@ -27,8 +27,8 @@ class Teacher:
     def __init__(self, model: LanguageModel, windows: Tensor, batch_size: int, store: Store, vocabulary: int):
         self._model = model
         self._states = Activations(model.device, len(windows), store)
-        own = self._states if ranks.size() == 1 else self._states.empty()
-        for _, hidden in last_hidden_states(model, ranks.mine(windows), batch_size, store):
+        own = self._states if ranks.world_size() == 1 else self._states.new_empty()
+        for _, hidden in last_hidden_states(model, ranks.shard(windows), batch_size, store):
             for state in hidden.split(1):
                 own.put(len(own), state)
         if own is not self._states:
@@ -39,9 +39,9 @@ class Teacher:
     def _share(self, own: Activations, windows: int) -> None:
         """Every rank's states on every rank."""
         for index in range(windows):
-            owner, like = index % ranks.size(), own[0]
-            state = own[index // ranks.size()] if owner == ranks.rank() else torch.empty_like(like)
-            sent = ranks.send_around(state.contiguous().view(torch.uint8), owner)  # bytes, for gloo lacks types
+            owner, like = index % ranks.world_size(), own[0]
+            state = own[index // ranks.world_size()] if owner == ranks.rank() else torch.empty_like(like)
+            sent = ranks.broadcast(state.contiguous().view(torch.uint8), owner)  # bytes, for gloo lacks types
             self._states.put(index, sent.view(like.dtype))
 
     def logits(self, numbers: list[int]) -> Tensor:
@@ -50,7 +50,7 @@ class Teacher:
 
 
 @contextmanager
-def as_teacher(name: str) -> Iterator[None]:
+def teacher_errors(name: str) -> Iterator[None]:
     """While the teacher is found and read: what is said of a model is said of its flag."""
     try:
         yield

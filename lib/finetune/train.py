@@ -47,7 +47,7 @@ def train(config: FinetuneConfig, student: Student, windows: Tensor, folder: Pat
         "windows": len(windows),
         "seqlen": windows.shape[1],
         "steps": done.global_step,
-        "windows_a_step": config.batch_size * config.gradient_accumulation * ranks.size(),
+        "windows_a_step": config.batch_size * config.gradient_accumulation * ranks.world_size(),
         "parameters": sum(parameter.numel() for parameter in student.trained().values()),
         "losses": [
             {"step": line["step"], "loss": line["loss"], "learning_rate": line["learning_rate"]}

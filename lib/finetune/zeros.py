@@ -1,15 +1,15 @@
-"""Which weights of a model are zero, remembered."""
+"""The mask of a model's zeros."""
 
 import hashlib
 
 import numpy
 from torch import Tensor
 
-from ..memory import on_host
+from ..memory import copy_to_host
 from ..model import LanguageModel
 
 
-class Zeros:
+class ZeroMask:
     """The zeros of every prunable matrix of a model as it is now; a bit a weight.
 
     digest  SHA-256 of the matrices' names, shapes and bits, in module order
@@ -37,4 +37,4 @@ class Zeros:
 
 def _bits(weight: Tensor) -> numpy.ndarray:
     """A set bit where there is a weight, by rows; the last byte's rest is set in none."""
-    return numpy.packbits(on_host((weight != 0).contiguous()).numpy())
+    return numpy.packbits(copy_to_host((weight != 0).contiguous()).numpy())

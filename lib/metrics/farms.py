@@ -28,4 +28,4 @@ def farms(spectrum: Spectrum) -> Fit:
     size = min(WINDOW, *weight.shape)
     rows, columns = (_offsets(length, size) for length in weight.shape)
     windows = [squared_singular_values(weight[r : r + size, c : c + size]) for r, c in product(rows, columns)]
-    return alpha_peak(Spectrum.of(torch.cat(windows)))
+    return alpha_peak(Spectrum.from_eigenvalues(torch.cat(windows)))

@@ -12,7 +12,7 @@ from .damping import add_damping, damped
 
 RHO = 0.1  # the first penalty, for a Gram matrix with a unit diagonal
 EVERY, MOST = 3, 300  # iterations between changes of the penalty, and in all
-# The penalty's growth by the share of kept weights that changed since it last grew: the less, the slower.
+# The penalty's growth by the share of support weights that changed since it last grew: the less, the slower.
 GROWTH = ((0.10, 1.3), (0.0, 1.2))
 STABLE = 0.01  # ADMM ends when no larger share changed
 REFINEMENTS = 10  # conjugate gradient steps on the final support
@@ -59,10 +59,10 @@ def alps(weight: Tensor, stats: InputStats, sparsity: float, pattern: Pattern) -
         v.add_(b.sub_(z), alpha=rho)
         if iteration % EVERY == EVERY - 1:
             if before is not None:
-                changed, kept, failed = _counts(removed & ~before, ~removed, info)
+                changed, support, failed = _counts(removed & ~before, ~removed, info)
                 if failed:
                     raise torch.linalg.LinAlgError("the Cholesky decomposition of its input's Gram matrix fails")
-                changed /= max(1, kept)
+                changed /= max(1, support)
                 if changed <= STABLE:
                     break
                 rho *= next(growth for share, growth in GROWTH if changed > share)
@@ -101,12 +101,12 @@ def _solver(
     return (lambda right: right @ inverse), info
 
 
-def refine(z: Tensor, dense: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
-    """Conjugate gradients, row by row, on min tr((Z - B_0) G (Z - B_0)^T) with the support `kept` of Z fixed."""
-    residual = ((dense - z) @ gram) * kept  # (out, in): minus half the gradient
+def refine(z: Tensor, dense: Tensor, gram: Tensor, support: Tensor) -> Tensor:
+    """Conjugate gradients, row by row, on min tr((Z - B_0) G (Z - B_0)^T) with the support (a mask) of Z fixed."""
+    residual = ((dense - z) @ gram) * support  # (out, in): minus half the gradient
     direction, size = residual, residual.square().sum(1, keepdim=True)
     for _ in range(REFINEMENTS):
-        image = (direction @ gram) * kept
+        image = (direction @ gram) * support
         curvature = (direction * image).sum(1, keepdim=True)
         step = torch.where(curvature > 0, size / curvature, 0)
         z = z + step * direction

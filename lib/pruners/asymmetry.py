@@ -1,6 +1,6 @@
-"""The asymmetric target: aim a layer part of the way at the dense model's output, not at its own on pruned inputs.
+"""Asymmetric calibration: the target of a layer lies between its output on pruned inputs and the dense model's.
 
-As in GPTAQ (Li et al., ICML 2025, arXiv 2504.02692), which aims all of the way, for quantisation.
+As in GPTAQ (Li et al., ICML 2025, arXiv 2504.02692), for quantisation, where the target is the dense output.
 """
 
 import torch
@@ -19,7 +19,7 @@ def factor(stats: InputStats) -> Tensor:
     return damped(stats, "Cholesky factorisation", factorise)[0]
 
 
-def aim(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
+def asymmetric_weights(weight: Tensor, stats: InputStats, asymmetry: float) -> Tensor:
     """The weights W that solve min ||X W^T - T||^2 + ridge ||W - W_0||^2, none removed yet, with the target
     T = ((1 - a) X + a X_d) W_0^T, and + a (R_d - R) for the matrix that writes the block's output.
 

@@ -14,7 +14,7 @@ from ..stats import NEEDS, InputStats
 class Pruner:
     """prune(weight (out, in), stats, sparsity, pattern) -> pruned (out, in), same device and dtype.
 
-    The weight passed in is never changed. What `pattern.gone` marks is zero in what comes back and counts towards the
+    The weight passed in is never changed. What `pattern.zeroed` marks is zero in what comes back and counts towards the
     sparsity, as `mask_of` sees to; the weight passed in may hold other values there, which the rest makes up for.
     `needs` is what the pruner reads of its `InputStats`; with "nothing" no calibration is run and stats is None.
     `variant` is the pruner that --use_variant selects.
@@ -38,9 +38,9 @@ def pruner(name: str, *, needs: str, variant: Pruner | None = None):
 
 
 def mask_of(scores: Tensor, sparsity: float, pattern: Pattern, unstructured: Callable[..., Tensor]) -> Tensor:
-    """The weights to remove, those that are zero already among them: by `unstructured(scores, sparsity, gone)`
+    """The weights to remove, those that are zero already among them: by `unstructured(scores, sparsity, zeroed)`
     (lib/masks.py), or N of every M where the pattern asks.
     """
     if pattern.group is None:
-        return unstructured(scores, sparsity, pattern.gone)
-    return lowest_of_groups(scores, pattern.zeros(sparsity), pattern.group, pattern.gone)
+        return unstructured(scores, sparsity, pattern.zeroed)
+    return lowest_of_groups(scores, pattern.zeros(sparsity), pattern.group, pattern.zeroed)

@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ..errors import RunError, one_kind_of_failure
+from ..errors import RunError, linalg_errors
 from ..stats import InputStats
 
 DAMPING = 0.01  # of the mean diagonal
@@ -21,7 +21,7 @@ def damped(stats: InputStats, what: str, factorise: Callable[[float], tuple[Tens
     """
     for attempt in range(RETRIES + 1):
         damping = DAMPING * 10**attempt
-        with suppress(torch.linalg.LinAlgError), one_kind_of_failure():
+        with suppress(torch.linalg.LinAlgError), linalg_errors():
             found = factorise(damping)
             if torch.stack([part.isfinite().all() for part in found]).all():
                 return found

@@ -45,20 +45,20 @@ def dead_first(weight: Tensor, dead: Tensor, sparsity: float, pattern: Pattern) 
     """The pattern with the weights of dead inputs (in,) among those that go in any case, as far as the sparsity asks
     for so many: the smallest first.
     """
-    candidates = dead.expand_as(weight) if pattern.gone is None else dead | pattern.gone
+    candidates = dead.expand_as(weight) if pattern.zeroed is None else dead | pattern.zeroed
     sizes = weight.abs().float().masked_fill(~candidates, torch.inf)
-    return replace(pattern, gone=mask_of(sizes, sparsity, pattern, lowest_of_matrix) & candidates)
+    return replace(pattern, zeroed=mask_of(sizes, sparsity, pattern, lowest_of_matrix) & candidates)
 
 
-def counts_of_groups(size: int, rows: int, width: int, sparsity: float, gone: Tensor | None) -> list[int]:
+def counts_of_groups(size: int, rows: int, width: int, sparsity: float, zeroed: Tensor | None) -> list[int]:
     """Weights to remove from each `width` of the columns, so that the matrix meets its own sparsity.
 
-    Each has its share, unless more of it are gone (in, out), or the later ones could then not be held to theirs.
+    Each has its share, unless more of it are zeroed (in, out), or the later ones could then not be held to theirs.
     """
     begins = range(0, size, width)
     forced = [0] * len(begins)
-    if gone is not None:
-        forced = torch.stack([part.sum() for part in gone.split(width)]).tolist()
+    if zeroed is not None:
+        forced = torch.stack([part.sum() for part in zeroed.split(width)]).tolist()
     later = sum(forced)
     total, removed, counts = max(round(sparsity * rows * size), later), 0, []
     for begin, least in zip(begins, forced, strict=True):
@@ -83,19 +83,19 @@ def sparsegpt(weight: Tensor, stats: InputStats, sparsity: float, pattern: Patte
     columns = weight.t().float().contiguous()  # (in, out): a column of W is a contiguous row here
     if dead is not None:
         pattern = dead_first(weight, dead.to(weight.device), sparsity, pattern)
-    gone = None if pattern.gone is None else pattern.gone.t().contiguous()  # (in, out)
+    zeroed = None if pattern.zeroed is None else pattern.zeroed.t().contiguous()  # (in, out)
     rows, size = weight.shape
     step = pattern.group or GROUP
     width = max(GROUP // step, 1) * step
-    counts = counts_of_groups(size, rows, width, sparsity, gone)
+    counts = counts_of_groups(size, rows, width, sparsity, zeroed)
     for begin in range(0, size, width):
         end = min(begin + width, size)
         part = columns[begin:end]  # (width, out), updated in place
         local = factor[begin:end, begin:end]
-        here = None if gone is None else gone[begin:end]
+        here = None if zeroed is None else zeroed[begin:end]
         if pattern.group is None:
             scores = (part / local.diagonal()[:, None]).square_()
-            if gone is not None:
+            if zeroed is not None:
                 scores.masked_fill_(here, -torch.inf)
             mask = lowest(scores.view(1, -1), counts[begin // width]).view_as(part)
             errors = remove(part, local, mask)
@@ -106,36 +106,36 @@ def sparsegpt(weight: Tensor, stats: InputStats, sparsity: float, pattern: Patte
 
 
 def remove(
-    part: Tensor, factor: Tensor, mask: Tensor | None, step: int = 0, zeros: int = 0, gone: Tensor | None = None
+    part: Tensor, factor: Tensor, mask: Tensor | None, step: int = 0, zeros: int = 0, zeroed: Tensor | None = None
 ) -> Tensor:
     """Remove weights from a group of columns, one column after the other, each making up for those before it.
 
     part (width, out) in place; factor (width, width) the group's part of U; mask (width, out) what to remove, or None:
-    `zeros` of every `step` columns, chosen as these begin, with what is `gone` already. Returns (width, out)
+    `zeros` of every `step` columns, chosen as these begin, with what is `zeroed` already. Returns (width, out)
     (w_j - q_j) / U_jj, q the pruned column. On a GPU all of it is one captured graph: launched one by one, its three
     kernels a column would take eight times as long (docs/gpu.md).
     """
     if not part.is_cuda:
         mask = torch.zeros_like(part, dtype=torch.bool) if mask is None else mask
         errors = torch.empty_like(part)
-        _column_by_column(part, factor, mask, errors, gone, step, zeros)
+        _column_by_column(part, factor, mask, errors, zeroed, step, zeros)
         return errors
-    own, run = _graph(part.device, *part.shape, step, zeros, gone is not None)
-    for mine, given in zip(own, (part, factor, mask, None, gone), strict=True):
+    own, run = _graph(part.device, *part.shape, step, zeros, zeroed is not None)
+    for buffer, given in zip(own, (part, factor, mask, None, zeroed), strict=True):
         if given is not None:
-            mine.copy_(given)
+            buffer.copy_(given)
     run()
     part.copy_(own.part)
     return own.errors
 
 
-def _column_by_column(part, factor, mask, errors, gone, step, zeros) -> None:
+def _column_by_column(part, factor, mask, errors, zeroed, step, zeros) -> None:
     scale = factor.diagonal()[:, None]
     for j in range(len(part)):
         if step and j % step == 0:
             group = slice(j, j + step)
             scores = (part[group] / scale[group]).square_()  # (M, out)
-            mask[group] = lowest_of_columns(scores, zeros, None if gone is None else gone[group])
+            mask[group] = lowest_of_columns(scores, zeros, None if zeroed is None else zeroed[group])
         torch.mul(part[j], mask[j], out=errors[j]).div_(factor[j, j])
         part[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     part.masked_fill_(mask, 0)
@@ -146,15 +146,15 @@ class _Buffers(NamedTuple):
     factor: Tensor
     mask: Tensor
     errors: Tensor
-    gone: Tensor | None
+    zeroed: Tensor | None
 
 
 @lru_cache(maxsize=8)  # shapes of a model's matrices
 def _graph(
-    device: torch.device, width: int, rows: int, step: int, zeros: int, some_gone: bool
+    device: torch.device, width: int, rows: int, step: int, zeros: int, some_zeroed: bool
 ) -> tuple[_Buffers, Callable[[], None]]:
     """Tensors and a function that does to them what `_column_by_column` does, captured once."""
     part, errors = torch.zeros(2, width, rows, device=device)
-    mask, gone = torch.zeros(2, width, rows, dtype=torch.bool, device=device)
-    own = _Buffers(part, torch.eye(width, device=device), mask, errors, gone if some_gone else None)
+    mask, zeroed = torch.zeros(2, width, rows, dtype=torch.bool, device=device)
+    own = _Buffers(part, torch.eye(width, device=device), mask, errors, zeroed if some_zeroed else None)
     return own, captured(lambda: _column_by_column(*own, step, zeros), device)

@@ -18,12 +18,12 @@ def wanda_variant(weight: Tensor, stats: InputStats, sparsity: float, pattern: P
     if pattern.group is not None:
         raise RunError("--use_variant: is defined for --sparsity_type unstructured only")
     scores = wanda_scores(weight, stats)
-    if pattern.gone is not None:
-        scores.masked_fill_(pattern.gone, -1)  # before the weights of inputs that are always zero
+    if pattern.zeroed is not None:
+        scores.masked_fill_(pattern.zeroed, -1)  # before the weights of inputs that are always zero
     ordered, order = scores.sort(dim=1)
     cumulative = ordered.clamp_(min=0).double().cumsum(1)
     share = cumulative / cumulative[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # (out, in), rising in a row
-    removed = lowest_of_matrix(share, sparsity, None if pattern.gone is None else pattern.gone.gather(1, order))
+    removed = lowest_of_matrix(share, sparsity, None if pattern.zeroed is None else pattern.zeroed.gather(1, order))
     return weight.masked_fill(torch.zeros_like(removed).scatter_(1, order, removed), 0)
 
 

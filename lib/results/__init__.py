@@ -1,7 +1,7 @@
 """Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
 
-from .cache import MetricCache, keep_text, known_text, metric_folder
-from .checkpoint import MARK, as_safetensors, describe_checkpoint, save_checkpoint
+from .cache import MetricCache, load_own_text, metric_folder, save_own_text
+from .checkpoint import RECORD_FILE, convert_to_safetensors, describe_checkpoint, save_checkpoint
 from .finetuned import (
     TrainingState,
     finetuned_record,
@@ -12,6 +12,7 @@ from .finetuned import (
     write_finetuned,
 )
 from .journal import Journal
+from .record import PruningRecord
 from .report import write_report
 from .run import (
     COLUMNS,
@@ -19,37 +20,38 @@ from .run import (
     append_result,
     build_record,
     layer_records,
+    overall_sparsity,
     prepare,
     run_folder,
-    share_of_zeros,
     summary,
     write_run,
 )
 
 __all__ = [
     "COLUMNS",
-    "MARK",
+    "RECORD_FILE",
     "Journal",
     "MetricCache",
+    "PruningRecord",
     "TrainingState",
     "activation_store",
     "append_result",
-    "as_safetensors",
     "build_record",
+    "convert_to_safetensors",
     "describe_checkpoint",
     "finetuned_record",
     "finetuned_summary",
-    "keep_text",
-    "known_text",
     "layer_records",
+    "load_own_text",
     "metric_folder",
+    "overall_sparsity",
     "prepare",
     "prepare_finetuning",
     "pruning_record",
     "run_folder",
     "save_adapter",
     "save_checkpoint",
-    "share_of_zeros",
+    "save_own_text",
     "summary",
     "write_finetuned",
     "write_report",

@@ -52,7 +52,7 @@ class MetricCache:
         if len(values) == len(self.model.matrices):
             log.info("%s: read from %s", entry, self.folder)
         elif values:
-            log.info("%s: going on after %d of %d matrices", entry, len(values), len(self.model.matrices))
+            log.info("%s: resuming after %d of %d matrices", entry, len(values), len(self.model.matrices))
         return dict(values)
 
     def add(self, matrix: str, values: dict) -> None:
@@ -64,7 +64,7 @@ class MetricCache:
             self.write()
 
     def write(self) -> None:
-        """Put what is new on disk."""
+        """Write new values to disk."""
         for entry in sorted(self._grown):
             write_text(self.folder / f"{entry}.json", json.dumps(self._files[entry], indent=1) + "\n")
         self._grown.clear()
@@ -114,11 +114,11 @@ def _text_path(config: RunConfig, settings: dict) -> Path:
     return Path(config.cache_dir) / "own_text" / f"{key}.json"
 
 
-def known_text(config: RunConfig, settings: dict) -> Tensor | None:
+def load_own_text(config: RunConfig, settings: dict) -> Tensor | None:
     """The windows (n, seqlen) that a model has written with these settings, if there are any."""
     path = _text_path(config, settings)
     try:
-        cache = ranks.from_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+        cache = ranks.from_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
         if cache is None or cache["settings"] != settings:
             return None
         return torch.tensor(cache["windows"], dtype=torch.int64).view(-1, settings["seqlen"])
@@ -126,6 +126,6 @@ def known_text(config: RunConfig, settings: dict) -> Tensor | None:
         raise RunError(f"--cache_dir {config.cache_dir}: {path} is not a model's text; remove it") from error
 
 
-def keep_text(config: RunConfig, settings: dict, windows: Tensor) -> None:
-    """Put the windows where `known_text` finds them."""
+def save_own_text(config: RunConfig, settings: dict, windows: Tensor) -> None:
+    """Put the windows where `load_own_text` finds them."""
     write_text(_text_path(config, settings), json.dumps({"settings": settings, "windows": windows.tolist()}) + "\n")

@@ -206,7 +206,7 @@ def _settings(config: Flags) -> str:
 
 def _deciding(config: Flags) -> list[tuple[Field, object]]:
     """The fields that decided the run's result, with their values; of switches only those that were turned."""
-    unread, deciding = config.unread(), config.deciding()
+    unread, deciding = config.unread(), config.result_flags()
     values = [(item, getattr(config, item.name)) for item in fields(config) if item.name in deciding]
     return [
         (item, value)

@@ -18,16 +18,16 @@ from ..config import RunConfig
 from ..errors import RunError
 from ..load import Source, find_source, load_model, load_tokenizer
 from ..model import LanguageModel
-from ..storage import as_saved, settle
+from ..storage import in_save_dtypes, round_to_save_dtypes
 from .card import model_card
-from .files import share, whole_folder, write_text
+from .files import atomic_folder, set_default_mode, write_text
 from .tokenizer import save_tokenizer
 
 log = logging.getLogger(__name__)
 
 SAMPLES, SAMPLE = 16, 1 << 20  # of a file, to be compressed: how many, bytes
 
-MARK = "alphapruning.json"  # in a checkpoint saved here: how it was made, and that it may be replaced
+RECORD_FILE = "alphapruning.json"  # in a checkpoint saved here: how it was made, and that it may be replaced
 
 
 def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | None = None) -> None:
@@ -40,20 +40,20 @@ def save_checkpoint(model: LanguageModel, folder: str | Path, record: dict | Non
     """
     folder = Path(folder).resolve()  # what a link leads to is replaced, and not the link
     state = model.state()
-    for message in settle(state, model.saved_as):
+    for message in round_to_save_dtypes(state, model.save_dtypes):
         log.warning("%s", message)
-    if not ranks.first():
+    if not ranks.is_main():
         return
-    with whole_folder("--save_model", folder) as temporary:
-        state = as_saved(state, model.saved_as)
+    with atomic_folder("--save_model", folder) as temporary:
+        state = in_save_dtypes(state, model.save_dtypes)
         held = _zeros(state)
         write_model(model, state, temporary)
-        complete(temporary)
+        finalize_folder(temporary)
         if (written := _zeros_on_disk(temporary)) != held:
             raise RunError(
                 f"--save_model {folder}: holds {written} zeros where the model has {held}; is the disk sound?"
             )
-        write_text(temporary / MARK, json.dumps(without_layers(record or {}), indent=1) + "\n")
+        write_text(temporary / RECORD_FILE, json.dumps(without_layers(record or {}), indent=1) + "\n")
     log.info("checkpoint saved and read again: %s", folder)
 
 
@@ -68,7 +68,7 @@ def write_model(model: LanguageModel, state: dict[str, Tensor], folder: Path, **
         save_tokenizer(model.tokenizer, folder)
 
 
-def complete(folder: Path) -> None:
+def finalize_folder(folder: Path) -> None:
     """Make what is in a checkpoint's folder consistent: config.json names the dtype that most of the weights have, and
     every file can be read by whoever can read others there.
     """
@@ -82,15 +82,15 @@ def complete(folder: Path) -> None:
             part["dtype"] = sizes.most_common(1)[0][0]
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in folder.iterdir():
-        share(path)
+        set_default_mode(path)
 
 
 def describe_checkpoint(config: RunConfig, record: dict) -> None:
     """Put beside the weights that a run has saved how they were made: run.json without its layers, and a card."""
     folder = Path(config.save_model)
-    write_text(folder / MARK, json.dumps(without_layers(record), indent=1) + "\n")
+    write_text(folder / RECORD_FILE, json.dumps(without_layers(record), indent=1) + "\n")
     write_text(folder / "README.md", model_card(config, record))
-    if ranks.first():
+    if ranks.is_main():
         size, compressed = compressed_size(folder)
         log.info("%s: %.2f GB of weights, about %.2f when compressed (zstd -3)", folder, size / 1e9, compressed / 1e9)
 
@@ -115,7 +115,7 @@ def compressed_size(folder: Path) -> tuple[int, int]:
     return size, compressed
 
 
-def as_safetensors(source: Source) -> Source:
+def convert_to_safetensors(source: Source) -> Source:
     """The model in files that can be read in parts: a GGUF file converted, once, under its cache_dir.
 
     Conversion loads the model whole.
@@ -126,7 +126,7 @@ def as_safetensors(source: Source) -> Source:
     origin = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
     key = hashlib.sha256(origin.encode()).hexdigest()[:12]
     folder = Path(source.cache_dir) / "converted" / f"{Path(source.name).stem}-{key}"
-    if not (folder / MARK).is_file() and ranks.first():
+    if not (folder / RECORD_FILE).is_file() and ranks.is_main():
         log.info("%s: is read whole, once, to be converted", source.name)
         save_checkpoint(load_model(source, "cpu", "float32", load_tokenizer(source)), folder)
         log.info("%s: converted to safetensors in %s", source.name, folder)

@@ -27,13 +27,13 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
     Does nothing on any rank but the first. Raises RunError where the disk is full or does not let us.
     """
-    if not ranks.first():
+    if not ranks.is_main():
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        share(temporary)
+        set_default_mode(temporary)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
@@ -44,7 +44,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
+def atomic_folder(flag: str, folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` in the end; or leave nothing, and `folder` as it was.
 
     Raises RunError naming `flag` where it cannot be written.
@@ -63,7 +63,7 @@ def whole_folder(flag: str, folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def share(path: Path) -> None:
+def set_default_mode(path: Path) -> None:
     """Give a file the mode that any new file in its folder gets; some libraries write theirs for the owner alone."""
     probe = path.with_name(f".{path.name}.mode")
     probe.touch()
@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a folder with all that is in it, if it is there; on the first rank."""
-    if ranks.first() and folder.exists():
+    if ranks.is_main() and folder.exists():
         shutil.rmtree(folder)
 
 
@@ -103,7 +103,7 @@ def append_line(path: Path, line: str, header: str) -> None:
 
     A table from before its last columns gets them, empty in the rows that it has.
     """
-    if not ranks.first():
+    if not ranks.is_main():
         return
     try:
         if path.is_file():

@@ -9,9 +9,9 @@ from pathlib import Path
 from .. import ranks
 from ..flags import Flags
 from .card import finetuned_card
-from .checkpoint import MARK, without_layers
-from .files import check_folder, remove, whole_folder, write_text
-from .journal import Unfinished
+from .checkpoint import RECORD_FILE, without_layers
+from .files import atomic_folder, check_folder, remove, write_text
+from .journal import Resumable
 from .run import accuracy_lines, check_checkpoint_folder, environment, peak_memory, run_folder
 from .tokenizer import save_tokenizer
 
@@ -27,8 +27,8 @@ def prepare_finetuning(config: Flags) -> None:
     check_checkpoint_folder(config.save_model, {"--save": config.save, "--cache_dir": config.cache_dir})
 
 
-class TrainingState(Unfinished):
-    """A fine-tuning's way so far: the Trainer's checkpoints, in a hidden folder beside --save_model.
+class TrainingState(Resumable):
+    """The state of a fine-tuning: the Trainer's checkpoints, in a hidden folder beside --save_model.
 
     folder  where they lie
     latest  the last that is whole, to go on from; None at the beginning
@@ -41,10 +41,10 @@ class TrainingState(Unfinished):
         if config.restart:
             remove(self.folder)
         ranks.barrier()
-        latest = ranks.from_first(self._find)
+        latest = ranks.from_main(self._find)
         self.latest = latest and Path(latest)
         if latest:
-            log.info("going on after %s", self.latest)
+            log.info("resuming after %s", self.latest)
 
     def _find(self) -> str | None:
         self._compare(self.folder / "header.json", "--save_model", self.folder)
@@ -58,7 +58,7 @@ class TrainingState(Unfinished):
         return str(whole[-1]) if whole else None
 
     def close(self) -> None:
-        """The run is over: forget the way here."""
+        """The run is complete: remove the state."""
         ranks.barrier()
         remove(self.folder)
 
@@ -73,7 +73,7 @@ def _is_whole(path: Path) -> bool:
 def pruning_record(folder: str | Path) -> dict | None:
     """How the checkpoint in a folder was made, where it was made here: run.json without its layers."""
     try:
-        record = json.loads((Path(folder) / MARK).read_text(encoding="utf-8"))
+        record = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and "run" in record else None
@@ -100,7 +100,7 @@ def write_finetuned(config: Flags, record: dict) -> Path:
     """Write run.json, and with the checkpoint the record and a card with all the steps that it was made in."""
     folder = run_folder(config)
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
-    write_text(Path(config.save_model) / MARK, json.dumps(without_layers(record), indent=1) + "\n")
+    write_text(Path(config.save_model) / RECORD_FILE, json.dumps(without_layers(record), indent=1) + "\n")
     write_text(Path(config.save_model) / "README.md", finetuned_card(config, record))
     return folder
 
@@ -108,9 +108,9 @@ def write_finetuned(config: Flags, record: dict) -> Path:
 def save_adapter(adapted, tokenizer, base: str, folder: str | Path) -> None:
     """Write an adapter of peft (a PeftModel) for the model `base`, whole or not at all; on the first rank."""
     folder = Path(folder).resolve()
-    if not ranks.first():
+    if not ranks.is_main():
         return
-    with whole_folder("--save_model", folder) as temporary:
+    with atomic_folder("--save_model", folder) as temporary:
         for each in adapted.peft_config.values():
             each.base_model_name_or_path = base
         adapted.save_pretrained(temporary)

@@ -1,4 +1,4 @@
-"""What a streamed run has finished, so that the same command goes on after it."""
+"""The journal of a streamed run: which blocks are pruned and saved, so that the same command resumes after them."""
 
 import json
 import logging
@@ -12,8 +12,8 @@ from ..config import RunConfig
 from ..errors import RunError
 from ..flags import Flags
 from ..shards import ShardedModel
-from ..storage import as_saved, held_as_saved
-from .checkpoint import MARK, complete, write_model
+from ..storage import held_in_save_dtypes, in_save_dtypes
+from .checkpoint import RECORD_FILE, finalize_folder, write_model
 from .files import check_folder, remove, write_file, write_text
 from .run import run_folder
 
@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 
 
-class Unfinished:
-    """What a run has finished so far, and whose run it is.
+class Resumable:
+    """The state of an interrupted run, with a header that says which run it belongs to.
 
-    Raises RunError where what is there belongs to another run, naming the first difference.
+    Raises RunError for the state of another run, naming the first difference.
     """
 
     def __init__(self, folder: Path, config: Flags, digest: str):
         self._config, self._folder = config, folder
-        self._header = {"config": config.deciding(), "model": {"digest": digest}}
+        self._header = {"config": config.result_flags(), "model": {"digest": digest}}
 
     def _compare(self, path: Path, flag: str, folder: Path) -> None:
         """Refuse a header that is not this run's, naming the first difference."""
@@ -41,10 +41,10 @@ class Unfinished:
             config, digest = other["config"], other["model"]["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{flag} {folder}: {path.name} is not a run's header; --restart begins anew") from error
-        mine = json.loads(json.dumps(self._header["config"]))
-        changed = [name for name, value in mine.items() if config.get(name) != value]
+        own = json.loads(json.dumps(self._header["config"]))
+        changed = [name for name, value in own.items() if config.get(name) != value]
         if changed:
-            was, now = config.get(changed[0]), mine[changed[0]]
+            was, now = config.get(changed[0]), own[changed[0]]
             what = f"--{changed[0]} was {was} and is {now}"
         elif digest != self._header["model"]["digest"]:
             what = f"--model {self._config.model} had other weights"
@@ -52,10 +52,10 @@ class Unfinished:
             return
         raise RunError(f"{flag} {folder}: holds the unfinished result of another run: {what}; --restart begins anew")
 
-    def recall(self, name: str, make):
-        """`make()`, or what it returned when this run was here before."""
+    def cached(self, name: str, make):
+        """`make()`, or its result from before the run was interrupted."""
         path = self._folder / f"{name}.json"
-        known = ranks.from_first(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else [])
+        known = ranks.from_main(lambda: [json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else [])
         if known:
             return known[0]
         value = make()
@@ -63,7 +63,7 @@ class Unfinished:
         return value
 
 
-class Journal(Unfinished):
+class Journal(Resumable):
     """A streamed run's finished blocks: a shard each beside --save_model, a record each in the run's folder.
 
     done    blocks that are committed and need not be pruned again
@@ -83,24 +83,24 @@ class Journal(Unfinished):
             remove(self._folder)
             remove(self._partial)
         ranks.barrier()
-        found = ranks.from_first(self._find)
+        found = ranks.from_main(self._find)
         self._where = Path(found["where"])
         self._records: list[dict] = found["records"]
         self.done = len(self._records)
         self.events = [event for record in self._records for event in record["events"]]
         if self.done:
-            log.info("going on after block %d of %d: %s", self.done, len(model.blocks), self._folder)
+            log.info("resuming after block %d of %d: %s", self.done, len(model.blocks), self._folder)
 
     def _find(self) -> dict:
         """On the first rank: where the shards lie, and the records of the blocks that are committed."""
         whole = (self._folder / "header.json").is_file() and not self._partial.exists()
         where = self._target if whole and (self._target / INDEX).is_file() else self._partial
-        self._compare(where / MARK, "--save_model", where)
+        self._compare(where / RECORD_FILE, "--save_model", where)
         self._compare(self._folder / "header.json", "--save", self._folder)
         if where == self._partial:
             check_folder("--save_model", self._partial)
             text = json.dumps(self._header, indent=1) + "\n"
-            write_text(self._partial / MARK, text)
+            write_text(self._partial / RECORD_FILE, text)
             write_text(self._folder / "header.json", text)
         for folder in (where, self._folder):
             for left in folder.glob(".*"):  # of a write that was cut short
@@ -121,11 +121,11 @@ class Journal(Unfinished):
         return f"model-{number + 1:05}-of-{len(self._model.blocks) + 1:05}.safetensors"
 
     def commit(self, block: int, seen: dict[str, dict], events: list[dict]) -> None:
-        """Write the pruned block, which is resident, and then its record: what was `seen` of its inputs, by matrix."""
+        """Save the pruned block, which is resident, and its record; `seen` are its statistics' summaries by matrix."""
         from transformers.core_model_loading import revert_weight_conversion  # a second to import
 
         name = self._shard_name(block + 1)
-        state = as_saved(self._model.block_state(block), self._model.saved_as)
+        state = in_save_dtypes(self._model.block_state(block), self._model.save_dtypes)
         state = revert_weight_conversion(self._model.model, state)
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         write_file(self._where / name, lambda path: save_file(tensors, path, {"format": "pt"}))
@@ -135,28 +135,30 @@ class Journal(Unfinished):
         ranks.barrier()
 
     def finish(self) -> None:
-        """Write what lies outside the blocks, and give the whole checkpoint its name; from now on it is read from."""
-        if self._where == self._partial and ranks.first():
-            self._write_rest()
+        """Save what is outside the blocks and rename the complete checkpoint; the model is read from it from now on."""
+        if self._where == self._partial and ranks.is_main():
+            self._write_non_blocks()
             remove(self._target)
             self._partial.rename(self._target)
-            log.info("checkpoint whole: %s", self._target)
+            log.info("checkpoint complete: %s", self._target)
         ranks.barrier()
         self._where = self._target
-        self.reread(len(self._model.blocks))
+        self.use_committed(len(self._model.blocks))
 
-    def reread(self, blocks: int) -> None:
-        """Have the model read its first `blocks` blocks from where they were committed."""
+    def use_committed(self, blocks: int) -> None:
+        """From now on read the model's first `blocks` blocks from their committed shards."""
         files = [self._where / record["file"] for record in self._records[:blocks]]
         self._model.replace(range(blocks), files)
 
-    def _write_rest(self) -> None:
+    def _write_non_blocks(self) -> None:
         model, name = self._model, self._shard_name(0)
         scratch = self._partial / ".rest"
         remove(scratch)
         try:
-            with held_as_saved(model.model, model.saved_as):
-                write_model(model, as_saved(model.rest(), model.saved_as), scratch, max_shard_size="1000GB")
+            with held_in_save_dtypes(model.model, model.save_dtypes):
+                write_model(
+                    model, in_save_dtypes(model.non_block_state(), model.save_dtypes), scratch, max_shard_size="1000GB"
+                )
             for path in sorted(scratch.iterdir()):
                 path.rename(self._partial / (name if path.suffix == ".safetensors" else path.name))
             scratch.rmdir()
@@ -169,9 +171,9 @@ class Journal(Unfinished):
             size += file.stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         write_text(self._partial / INDEX, json.dumps(index, indent=1) + "\n")
-        complete(self._partial)
+        finalize_folder(self._partial)
 
     def close(self) -> None:
-        """The run is over: forget the way here."""
+        """The run is complete: remove the journal."""
         ranks.barrier()
         remove(self._folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import ranks
 from .files import write_bytes, write_text
-from .run import flat, summary
+from .run import flatten_scores, summary
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -18,12 +18,12 @@ img { max-width: 100%; height: auto } details { margin: 1em 0 } summary { cursor
 """
 
 
-def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]], portraits: dict[str, dict]) -> None:
+def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]], esds: dict[str, dict]) -> None:
     """Draw the run's pictures into `folder`/plots and put all of them into `folder`/report.html.
 
-    record is run.json; scores {metric: {matrix: score}}; portraits as lib/quality.py fills them.
+    record is run.json; scores {metric: {matrix: score}}; esds as lib/quality.py fills them.
     """
-    if not ranks.first():
+    if not ranks.is_main():
         return
     from ..plots import draw_esds, draw_scores, draw_sparsities, png  # matplotlib is slow to import
 
@@ -31,9 +31,9 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
     figures = {f"{metric}-depth": draw_scores(layers, values, metric) for metric, values in scores.items()}
     if record["sparsity"]:
         figures["sparsity-depth"] = draw_sparsities(layers, record["sparsity"]["target"])
-    if portraits:
-        drawn = next(iter(portraits.values()))["metric"]
-        figures |= {f"esd-{kind}": page for kind, page in draw_esds(layers, portraits, drawn).items()}
+    if esds:
+        drawn = next(iter(esds.values()))["metric"]
+        figures |= {f"esd-{kind}": page for kind, page in draw_esds(layers, esds, drawn).items()}
     pictures = {name: png(figure) for name, figure in figures.items()}
     for name, picture in pictures.items():
         write_bytes(folder / "plots" / f"{name}.png", picture)
@@ -47,7 +47,7 @@ def _page(record: dict, pictures: dict[str, bytes]) -> str:
         f'{base64.b64encode(picture).decode()}">'
         for name, picture in pictures.items()
     )
-    layers = [flat(layer) for layer in record["layers"]]
+    layers = [flatten_scores(layer) for layer in record["layers"]]
     events = [[event["matrix"] or "", event["message"]] for event in record["events"]]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>

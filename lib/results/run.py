@@ -21,8 +21,8 @@ from ..activations import Store
 from ..config import RunConfig
 from ..errors import RunError
 from ..model import LanguageModel
-from ..precision import float32_products
-from .checkpoint import MARK
+from ..precision import float32_matmul_precision
+from .checkpoint import RECORD_FILE
 from .files import append_line, check_folder, write_text
 
 COLUMNS = (
@@ -55,7 +55,7 @@ def check_checkpoint_folder(save_model: str, others: dict[str, str | None]) -> N
                 f"--save_model {path}: holds {flag} {other}, and a checkpoint replaces its folder; name another"
             )
     check_folder("--save_model", path)
-    if any(path.iterdir()) and not (path / MARK).is_file():
+    if any(path.iterdir()) and not (path / RECORD_FILE).is_file():
         raise RunError(f"--save_model {path}: holds files that are not a checkpoint of this tool; name another folder")
 
 
@@ -65,7 +65,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def activation_store(config: RunConfig) -> Store | None:
-    """Where a streamed run's activations lie."""
+    """The store of a streamed run's activations; None for a model in memory."""
     if not config.stream:
         return None
     limit = None if config.activation_memory is None else int(config.activation_memory * 1e9)
@@ -125,13 +125,13 @@ def by_block(layers: list[dict]) -> dict[int, list[dict]]:
 def _sparsity(config: RunConfig, layers: list[dict]) -> dict:
     return {
         "target": config.sparsity,
-        "achieved": share_of_zeros(layers),
-        "blocks": [share_of_zeros(block) for block in by_block(layers).values()],
+        "achieved": overall_sparsity(layers),
+        "blocks": [overall_sparsity(block) for block in by_block(layers).values()],
     }
 
 
-def share_of_zeros(layers: list[dict]) -> float:
-    """Of all the weights in the layers of run.json."""
+def overall_sparsity(layers: list[dict]) -> float:
+    """The share of zeros over all layers of run.json, weighted by size."""
     sizes = [math.prod(layer["shape"]) for layer in layers]
     return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
@@ -146,7 +146,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def environment(model: dict) -> dict:
-    """What the numbers were made with."""
+    """Versions, devices and precision of the run."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
@@ -159,9 +159,9 @@ def environment(model: dict) -> dict:
         "device": model["device"],
         "device_name": _device_names(model["device"]),
         "dtype": model["dtype"],
-        "float32_products": float32_products(),
+        "float32_products": float32_matmul_precision(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.size(),
+        "processes": ranks.world_size(),
         "git_revision": revision,
     }
 
@@ -188,7 +188,7 @@ def write_run(config: RunConfig, record: dict) -> Path:
     return folder
 
 
-def flat(layer: dict) -> dict:
+def flatten_scores(layer: dict) -> dict:
     """A layer of run.json with an analysis's scores as fields of their own."""
     return {key: value for key, value in layer.items() if key != "scores"} | layer.get("scores", {})
 
@@ -198,7 +198,7 @@ def _layers_table(layers: list[dict]) -> str:
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     for index, layer in enumerate(layers):
-        own = flat(layer)
+        own = flatten_scores(layer)
         values = {"name": own.pop("name"), "block": own.pop("block")}
         values |= dict(zip(("rows", "columns"), own.pop("shape"), strict=True)) | own
         if index == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .linear import SparseLinear, multiply
 
-LEAST = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
+MIN_SPARSITY = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
 MARGIN = 0.97  # of the dense product's time
 TOKENS = (4, 16)  # at once, for which the kernel is tried against unpacking: each is compiled
 NONE_AT_ONCE = 0

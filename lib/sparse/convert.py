@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..load import Source, choose_device, choose_dtype, find_source, load_config, load_model, open_model
-from ..memory import freed_memory_goes_back
+from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
-from .choice import LEAST, few_tokens
+from .choice import MIN_SPARSITY, few_tokens
 from .format import pack
 from .linear import SparseLinear
 
@@ -39,7 +39,7 @@ def sparse_model(
 
     Raises RunError where a model cannot be loaded. What stays dense, and why, is said in the log.
     """
-    with freed_memory_goes_back():
+    with eager_release():
         if isinstance(model, (str, Path)):
             model = find_source(str(model))
         if isinstance(model, Source):
@@ -65,7 +65,7 @@ def _convert(model: LanguageModel, threshold: float | None, account: "_Account")
                 if layer := _converted(matrix, threshold, account):
                     pending[matrix] = layer
             packed = {id(matrix.stored) for matrix in pending}
-            model.hold([name for name, value in model.block_state(index).items() if id(value) not in packed])
+            model.keep_resident([name for name, value in model.block_state(index).items() if id(value) not in packed])
         if not model.streamed:  # layers that have gone are asked for when other blocks are read
             _replace(model.model, pending)
             pending = {}
@@ -84,8 +84,8 @@ def _opened(source: Source, device: str, dtype: str) -> LanguageModel:
     if source.gguf:  # is not read in parts
         return load_model(source, device, dtype)
     model = open_model(source, device, dtype)
-    model.load_rest()
-    model.hold(model.rest())
+    model.load_non_blocks()
+    model.keep_resident(model.non_block_state())
     return model
 
 
@@ -102,7 +102,7 @@ class _Account:
 
     def report(self, model: LanguageModel) -> None:
         share = self.zeros / max(1, self.weights)
-        if not self.packed and share < LEAST:
+        if not self.packed and share < MIN_SPARSITY:
             log.warning(
                 "%s is not sparse (%.1f %% of its prunable weights are zero): it stays dense", model.name, 100 * share
             )
@@ -124,7 +124,7 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
     account.zeros += zeros
     if matrix.expert is not None:
         return account.dense["as one tensor holds several experts"].append(matrix.name)
-    if zeros < (LEAST if threshold is None else threshold) * weight.numel():
+    if zeros < (MIN_SPARSITY if threshold is None else threshold) * weight.numel():
         return account.dense["with too few zeros"].append(matrix.name)
     if not all(_is_plain(use.module, use.weight) for use in matrix.uses):
         return account.dense["as their layers do more than multiply"].append(matrix.name)

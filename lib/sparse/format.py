@@ -55,7 +55,7 @@ def pack(weight: Tensor) -> Packed:
     """A matrix (rows, columns) without its zeros, on its own device. Values in 16 bits are kept as they are; others
     are rounded to the type of 16 bits that changes them less, which is none where one holds them exactly.
     """
-    kind = weight.dtype if weight.dtype in KINDS else closest(weight)
+    kind = weight.dtype if weight.dtype in KINDS else storage_dtype(weight)
     mask, (rows, columns) = weight.contiguous() != 0, weight.shape
     whole = torch.nn.functional.pad(mask, (0, -columns % WORD))
     bits = numpy.packbits(whole.numpy(force=True), axis=1, bitorder="little")
@@ -67,11 +67,11 @@ def pack(weight: Tensor) -> Packed:
     return Packed(masks, values, offsets, columns, kind)
 
 
-def closest(weight: Tensor) -> torch.dtype:
+def storage_dtype(weight: Tensor) -> torch.dtype:
     """The type of 16 bits that rounds the values with the smaller squared error; bfloat16 where both are exact."""
     return min(KINDS, key=lambda kind: float((weight - weight.to(kind).to(weight.dtype)).square().sum()))
 
 
-def bytes_a_weight(sparsity: float) -> float:
+def bytes_per_weight(sparsity: float) -> float:
     """What a packed weight takes on average."""
     return 2 * (1 - sparsity) + 1 / 8

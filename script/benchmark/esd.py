@@ -5,7 +5,7 @@ Prints the ratios, how well the alphas agree, and the share of the arithmetic bo
 matrix and 4/3 n^3 for the tridiagonal form, at the machine's own rate of float64 matrix products. Then WeightWatcher,
 once, on a 1024 x 1024 matrix (its fit over every tail, `alpha`).
 
-    python script/benchmark_esd.py [--shapes 4096x4096 11008x4096] [--repeat 3]
+    python script/benchmark/esd.py [--shapes 4096x4096 11008x4096] [--repeat 3]
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lib.esd import Spectrum, as_published
+from lib.esd import Spectrum, published_precision
 from lib.memory import keep_freed_memory
 from lib.metrics import METRICS
 
@@ -51,7 +51,7 @@ def published_alpha_peak(weight: torch.Tensor) -> float:
 
 
 def ours(weight: torch.Tensor, metric: str = "alpha_peak") -> float:
-    return METRICS[metric].score(Spectrum(as_published(weight)))
+    return METRICS[metric].score(Spectrum(published_precision(weight)))
 
 
 def heavy_tailed(rows: int, columns: int, seed: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Times products with pruned matrices, and a pruned model that generates, with their zeros and without.
 
-    python script/benchmark_decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
+    python script/benchmark/decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
 
 For each shape, sparsity and batch: dense float32, dense bfloat16, torch's CSR (float32) and packed bfloat16, in turn,
 from memory and not from caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from lib.sparse import SparseLinear, cpu, pack
 from lib.sparse.choice import TOKENS, cold_copies, few_tokens
-from lib.sparse.format import bytes_a_weight
+from lib.sparse.format import bytes_per_weight
 
 SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096", "11008x4096", "4096x11008")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4")
@@ -87,7 +87,7 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
     found = {name: statistics.median(times) for name, times in seconds.items()}
-    ceiling = 2 / bytes_a_weight(1 - float(weight.count_nonzero()) / weight.numel())
+    ceiling = 2 / bytes_per_weight(1 - float(weight.count_nonzero()) / weight.numel())
     row = {f"{name} ms": f"{1e3 * value:.4f}" for name, value in found.items()}
     for name in ("bfloat16", "float32"):  # turn by turn, as a machine's speed drifts
         ratios = [other / own for other, own in zip(seconds[name], seconds["packed"], strict=True)]
@@ -98,11 +98,11 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
 def generate(folder: Path, sparsity: str, held: str) -> dict:
     """A row of models.csv, of a process of its own."""
     if not (folder / "config.json").is_file():
-        script = Path(__file__).with_name("random_checkpoint.py")
+        script = Path(__file__).parents[1] / "random_checkpoint.py"
         subprocess.run([sys.executable, script, folder, *LLAMA, "--sparsity", sparsity], check=True)
     kind, _, dtype = held.partition(" ")
     flags = ["--dtype", dtype] + ["--dense"] * (kind == "dense")
-    script = Path(__file__).with_name("generate.py")
+    script = Path(__file__).parents[1] / "generate.py"
     done = subprocess.run(
         [sys.executable, script, "--model", folder, "--prompt", "Once upon a time", "--max_new_tokens", "48", *flags],
         check=True, stdout=subprocess.PIPE, text=True,
@@ -145,7 +145,7 @@ def draw(rows: list[dict], file: Path) -> None:
             points = sorted((float(r["sparsity"]), float(r["to bfloat16"])) for r in own if r["shape"] == shape)
             axis.plot(*zip(*points, strict=True), marker="o", label=shape)
         every = [0.5 + 0.01 * i for i in range(41)]
-        axis.plot(every, [2 / bytes_a_weight(s) for s in every], "k--", label="ceiling by bytes")
+        axis.plot(every, [2 / bytes_per_weight(s) for s in every], "k--", label="ceiling by bytes")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(title=f"batch {batch}", xlabel="sparsity", ylabel="times as fast")
         axis.legend(fontsize=8)

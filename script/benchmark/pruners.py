@@ -1,6 +1,6 @@
 """Layer errors and seconds of pruners on every matrix of a model, from the same statistics (the dense model's inputs).
 
-    python script/benchmark_pruners.py --model smollm2 --calib_data VALIDATION.txt --nsamples 64 --seqlen 512
+    python script/benchmark/pruners.py --model smollm2 --calib_data VALIDATION.txt --nsamples 64 --seqlen 512
 
 The error is ||X (W - W_0)^T||^2 / ||X W_0^T||^2. Prints, by sparsity and pruner, the mean over the matrices, the
 seconds, and on how many matrices the error is above that of --against.
@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lib import PRUNERS, Pattern, calibration_windows, find_source, load_model, load_tokenizer
 from lib.sequential import walk

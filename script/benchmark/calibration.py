@@ -5,11 +5,11 @@ of its own, and the pass that collects runs to the block's end. Both use the sam
 pruned in between. Prints seconds a block, the ratio, and the share of the arithmetic bound at the machine's own rate of
 matrix products.
 
-    python script/benchmark_calibration.py --model smollm2 --needs gram
+    python script/benchmark/calibration.py --model smollm2 --needs gram
 
 With --parts it times single steps instead, each as it is and as it was, in turn, on --device, at one width:
 
-    python script/benchmark_calibration.py --parts --width 1024 [--device cuda]
+    python script/benchmark/calibration.py --parts --width 1024 [--device cuda]
 """
 
 import argparse
@@ -21,11 +21,11 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lib import PRUNERS, Pattern, digest, find_source, load_model, masks
 from lib.config import TOKENS_AT_ONCE
-from lib.memory import keep_freed_memory, on_host
+from lib.memory import copy_to_host, keep_freed_memory
 from lib.pruners import sparsegpt
 from lib.stats import InputStats
 from lib.stream import Stream
@@ -114,7 +114,7 @@ def cases(width: int, device: str) -> dict:
             True,
         ),
         "digest of 8 matrices": (lambda: hashed(digest.THREADS), lambda: hashed(1), False),
-        "hidden states to the host": (lambda: on_host(weight), lambda: weight.cpu(), True),
+        "hidden states to the host": (lambda: copy_to_host(weight), lambda: weight.cpu(), True),
     }  # fmt: skip
 
 

@@ -1,0 +1,60 @@
+"""script/: the published settings, by the name of each model's script."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from shared import ROOT
+
+METHODS = ("magnitude_ww", "wanda_ww", "sparsegpt_ww")
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """A copy of script/ whose Python prints what it is called with."""
+    shutil.copytree(ROOT / "script", tmp_path / "script", symlinks=True)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    return tmp_path / "script"
+
+
+def run(*words, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", *words], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "epsilons"),
+    [
+        ("llama_7b", "pinkmanlove/llama-7b-hf", (0.3, 0.2, 0.2)),
+        ("llama_13b", "huggyllama/llama-13b", (0.5, 0.3, 0.3)),
+        ("llama_30b", "huggyllama/llama-30b", (0.4, 0.3, 0.3)),
+        ("llama_65b", "huggyllama/llama-65b", (0.4, 0.3, 0.3)),
+        ("llama2_7b", "meta-llama/Llama-2-7b-hf", (0.5, 0.3, 0.2)),
+        ("llama2_13b", "meta-llama/Llama-2-13b-hf", (0.4, 0.3, 0.3)),
+        ("llama2_70b", "meta-llama/Llama-2-70b-hf", (0.4, 0.3, 0.3)),
+    ],
+)
+def test_every_published_model_has_its_epsilons(name, model, epsilons, scripts):
+    folder = f"save_test/{model.partition('/')[2]}"
+    expected = [
+        f"main.py --model {model} --prune_method {method} --sparsity_ratio 0.7 --epsilon {epsilon} "
+        f"--cache_dir llm_weights --save {folder} --seed 1"
+        for method, epsilon in zip(METHODS, epsilons, strict=True)
+    ]
+    assert run(scripts / f"{name}.sh", "--seed", "1").stdout.splitlines() == expected
+    assert run(scripts / "published.sh", name, "--seed", "1").stdout.splitlines() == expected
+
+
+def test_model_and_sparsity_are_overridden(scripts):
+    (first, *_) = run(scripts / "llama_7b.sh", MODEL="mine", SPARSITY="0.5").stdout.splitlines()
+    assert first.startswith("main.py --model mine --prune_method magnitude_ww --sparsity_ratio 0.5 --epsilon 0.3 ")
+
+
+def test_an_unknown_name_is_refused(scripts):
+    for words in ([], ["llama_8b"]):
+        done = run(scripts / "published.sh", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is none of llama_7b llama_13b" in done.stderr
