@@ -18,7 +18,7 @@ from . import ranks
 from .evaluate import logits_in_parts
 from .gradients import gradient_checkpointing
 from .model import LanguageModel
-from .precision import mixed_precision, passing
+from .precision import choose_autocast, mixed_precision
 from .progress import progress
 from .stream import last_hidden_states
 from .training import Recipe, train
@@ -57,7 +57,7 @@ def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1)
     shard, found = ranks.shard(windows), []
     exact = model.model.dtype != torch.float32
     mixed = nullcontext if exact else partial(mixed_precision, torch.float32, model.device.type)
-    passes, _ = passing(mixed, lambda: model.forward_logits(windows[:1]))
+    passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
     with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
         for tokens, hidden in last_hidden_states(model, shard, batch_size):
             parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
