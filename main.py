@@ -14,7 +14,7 @@ from lib.fisher import row_fisher, row_weights
 from lib.gradients import check_differentiable
 from lib.inputs import read_inputs
 from lib.load import find_source, load_config, load_model, load_tokenizer, open_model, window_limit
-from lib.plan import carry_out, plan
+from lib.plan import carry_out, check_plan, plan
 from lib.stopwatch import Stopwatch
 from lib.storage import settle
 from lib.windows import windows_of_model
@@ -53,6 +53,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
                 held_tokens=config.streamed_windows * seqlen, copies=config.copies,
             )  # fmt: skip
         model.check(config.pattern, windows.calibration, evaluation)
+        check_plan(config, model)
         if config.takes_gradients:
             check_differentiable(model)
         described, batch = describe(model, events, source), config.batch(seqlen)
@@ -63,7 +64,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     watched = windows.calibration if evaluation is None else evaluation
     if watched is not None:
         log.info("%s", tokens.beginnings(tokenizer, config.add_bos == "every"))
-    journal = results.Journal(config, model) if config.stream else None
+    journal = results.Journal(config, model) if config.stream and not config.plan_only else None
     remember = journal.recall if journal else lambda _, make: make()
 
     def evaluate(what: str) -> float:
@@ -103,6 +104,10 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         planned = remember("plan", lambda: plan(config, model, scores, *windows.of_plan, remember=remember, **how))
     targets = planned["targets"]
     events += planned["events"]
+    quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
+    if config.plan_only:
+        layers = results.layer_records(model, quality, targets)
+        return results.write_plan(config, record(), scores, portraits)
 
     resumable = {}
     if journal:
@@ -115,7 +120,6 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
     if journal:
         journal.finish()
 
-    quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
     layers = results.layer_records(model, quality, targets, sparsity_by_matrix(model))
     folder = results.write_run(config, record())  # once now, so that nothing is lost if what follows fails
     if config.save_model and not journal:

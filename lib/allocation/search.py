@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..options import Option, multiples
 from .base import Problem, allocation, by_mapping
 from .budget import around
 
@@ -13,8 +14,13 @@ KAPPA = 6.0  # with which the marginal loss grows, as exp(KAPPA s); measured 4 t
 LEAST = 0.2  # of the median: what a block's or kind's worth is taken to be at least
 ROUNDS = 50
 
+STRENGTH = Option(
+    "search_strength", 0.6, "parameter of *_search: how far it follows its measurements, in [0, 2]: 0 is uniform, 1 "
+    "equal marginal losses; or auto", within=(0, 2), auto=multiples(0.6),
+)  # fmt: skip
 
-@allocation("search", measured=True, options=("search_strength",), granular=True)
+
+@allocation("search", measured=True, options=(STRENGTH,), granular=True)
 def search(problem: Problem) -> dict[str, float]:
     """Equal marginal losses: s_k = S + strength / KAPPA * (mean(log m) - log m_k), and then exactly to the budget.
 

@@ -12,7 +12,7 @@ from .finetuned import (
     write_finetuned,
 )
 from .journal import Journal
-from .report import write_report
+from .report import write_plan, write_report
 from .run import (
     COLUMNS,
     activation_store,
@@ -52,6 +52,7 @@ __all__ = [
     "share_of_zeros",
     "summary",
     "write_finetuned",
+    "write_plan",
     "write_report",
     "write_run",
 ]

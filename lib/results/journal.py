@@ -42,9 +42,9 @@ class Unfinished:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{flag} {folder}: {path.name} is not a run's header; --restart begins anew") from error
         mine = json.loads(json.dumps(self._header["config"]))
-        changed = [name for name, value in mine.items() if config.get(name) != value]
+        changed = [name for name in mine | config if config.get(name) != mine.get(name)]
         if changed:
-            was, now = config.get(changed[0]), mine[changed[0]]
+            was, now = config.get(changed[0]), mine.get(changed[0])
             what = f"--{changed[0]} was {was} and is {now}"
         elif digest != self._header["model"]["digest"]:
             what = f"--model {self._config.model} had other weights"

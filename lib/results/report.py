@@ -5,8 +5,9 @@ from html import escape
 from pathlib import Path
 
 from .. import ranks
+from ..config import RunConfig
 from .files import write_bytes, write_text
-from .run import flat, summary
+from .run import flat, summary, write_run
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -38,6 +39,16 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
     for name, picture in pictures.items():
         write_bytes(folder / "plots" / f"{name}.png", picture)
     write_text(folder / "report.html", _page(record, pictures))
+
+
+def write_plan(
+    config: RunConfig, record: dict, scores: dict[str, dict[str, float]], portraits: dict[str, dict]
+) -> dict:
+    """Write what a run would do, as `write_run` and with --plot `write_report` do it; returns the record."""
+    folder = write_run(config, record)
+    if config.plot:
+        write_report(folder, record, scores, portraits)
+    return record
 
 
 def _page(record: dict, pictures: dict[str, bytes]) -> str:
