@@ -51,6 +51,8 @@ def default_of(item: Field) -> str:
         return item.metadata["shown"]
     if isinstance(item.default, tuple):
         return " ".join(item.default)
+    if isinstance(item.default, float):
+        return f"{item.default:g}"
     return "" if item.default is None else str(item.default)
 
 

@@ -53,7 +53,8 @@ class RunFlags(SharedFlags):
         None, "windows a forward pass", group="model", least=1, shown="about 1024 tokens on the CPU, 8192 on cuda"
     )
     prune_method: str = flag(
-        "", "pruner, alone (the same sparsity everywhere) or with _ and an allocation", group="method",
+        "", f"pruner ({', '.join(PRUNERS)}), alone, which is the same sparsity everywhere, or with _ and an allocation "
+        f"({', '.join(name for name in ALLOCATIONS if name != 'uniform')}), such as wanda_ww", group="method",
         choices=lambda: list(prune_methods()),
     )  # fmt: skip
     sparsity_ratio: float | None = flag(
