@@ -30,6 +30,7 @@ def flag(default, text: str, *, group: str, **metadata):
     read     reads the file that it names, and raises RunError where it cannot
     when     the field or property without which it is not read
     shown    the default in words, where it is none that the field could have
+    option   the Option that declared it, of a parameter of an allocation or a pruner
     later    a flag that runs had names before: it is a part of them only where it is given
     """
     return field(default=default, metadata={"help": text, "group": group, **metadata})

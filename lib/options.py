@@ -40,7 +40,7 @@ class Option:
         """Its field in a configuration."""
         holds = {"within": self.within, "above": self.above, "auto": bool(self.auto), "read": self.read}
         holds = {key: value for key, value in holds.items() if value is not None and value is not False}
-        return flag(self.default, self.help, group="method", later=self.read is not None, **holds)
+        return flag(self.default, self.help, group="method", later=self.read is not None, option=self, **holds)
 
 
 def multiples(default: float) -> tuple[float, ...]:
@@ -61,11 +61,18 @@ def options_of(*registries: Registry) -> dict[str, Option]:
 
 
 def with_options(*registries: Registry) -> Callable[[type[Flags]], type[Flags]]:
-    """A decorator that gives a configuration a field for each option that it does not have yet."""
+    """A decorator that gives a configuration a field for each option that it does not have yet.
+
+    Raises ValueError for an option that has the name of another flag: a programming error.
+    """
 
     def extend(kind: type[Flags]) -> type[Flags]:
-        options = [option for name, option in options_of(*registries).items() if name not in fields_of(kind)]
-        added = [(option.name, option.kind, option.field()) for option in options]
+        known, added = fields_of(kind), []
+        for name, option in options_of(*registries).items():
+            if name not in known:
+                added.append((name, option.kind, option.field()))
+            elif known[name].metadata.get("option") != option:
+                raise ValueError(f"--{name} is a flag already")
         made = make_dataclass(kind.__name__, added, bases=(kind,), frozen=True)
         made.__module__, made.__qualname__, made.__doc__ = kind.__module__, kind.__qualname__, kind.__doc__
         return made
