@@ -73,7 +73,7 @@ def test_each_matrix_has_what_the_file_says(text, suffix, expected, problem):
         ("{}", ".json", "holds no sparsity"),
         ("", ".csv", "holds no sparsity"),
         ("0\n", ".csv", "has a row without a sparsity: 0"),
-        ("name,block,alpha_peak\na,0,2.5\n", ".csv", "has no column target_sparsity or sparsity: only name, block, alpha"),
+        ("name,block,alpha\na,0,2.5\n", ".csv", "has no column target_sparsity or sparsity: only name, block, alpha"),
         ("*: 0.5", ".yaml", "is neither a .json nor a .csv"),
     ],
 )  # fmt: skip
@@ -165,7 +165,7 @@ def test_a_file_is_checked_before_anything_is_run(settings, tmp_path, monkeypatc
 
 def test_the_file_and_the_method_go_together(settings, tmp_path):
     (tmp_path / "half.json").write_text('{"*": 0.5}')
-    with pytest.raises(RunError, match="^--sparsities: is missing; --prune_method wanda_file"):
+    with pytest.raises(RunError, match=r"^--sparsities: is missing; --prune_method wanda_file"):
         RunConfig(**settings, prune_method="wanda_file")
     with pytest.raises(RunError, match=r"^--sparsities .*: is for --prune_method wanda_file$"):
         RunConfig(**settings, prune_method="wanda_ww", sparsity_ratio=0.5, sparsities=str(tmp_path / "half.json"))
@@ -237,7 +237,7 @@ def test_a_plan_reads_no_text_that_it_does_not_need(settings, tmp_path):
 
 
 def test_a_plan_of_an_analysis(settings):
-    with pytest.raises(RunError, match="^--plan_only: stops before pruning, and --analyze_only"):
+    with pytest.raises(RunError, match=r"^--plan_only: stops before pruning, and --analyze_only"):
         RunConfig(**settings, plan_only=True, analyze_only=True)
 
 
