@@ -6,8 +6,10 @@ import runpy
 
 import pytest
 import torch
+import transformers
 import yaml
 from shared import ROOT
+from test_bad_input import save_tokenizer
 from tiny import tiny_model
 
 from lib import RunError
@@ -94,7 +96,9 @@ def test_the_package_prunes_to_it(modifier, sparsity_type, script, tmp_path):
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
-    model = tiny_model("llama")
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][:-2]
     asked = {name: (index % 8) / 8 for index, name in enumerate(names)}
     (tmp_path / "s.csv").write_text("".join(f"{name},{share}\n" for name, share in asked.items()))
