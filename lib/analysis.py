@@ -59,7 +59,9 @@ def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: lis
     portraits = {} if config.plot else None
     with clock("metric"):
         cache = results.MetricCache(results.metric_folder(config, model), model, events)
-        scores = layer_quality(model, *config.ww_metric, cache=cache, portraits=portraits, events=events)
+        scores = layer_quality(
+            model, *config.ww_metric, cache=cache, options=config.options, portraits=portraits, events=events
+        )
     return scores, portraits
 
 

@@ -13,9 +13,10 @@ from .errors import RunError
 from .flags import AUTO, fields_of, flag_of
 from .load import choose_device
 from .masks import Pattern
-from .options import options_of
+from .metrics import METRICS
+from .options import Option, options_of
 from .pruners import PRUNERS
-from .run_flags import RECOVERY_WINDOWS, RunFlags, prune_methods
+from .run_flags import OPTIONED, RECOVERY_WINDOWS, RunFlags, prune_methods
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
@@ -148,6 +149,10 @@ class RunConfig(RunFlags):
         return ALLOCATIONS[self.allocation]
 
     @property
+    def _metric_options(self) -> list[Option]:
+        return [option for name in self.ww_metric for option in METRICS[name].options]
+
+    @property
     def scored(self) -> bool:
         """Whether the allocation reads a metric."""
         return self._allocation.needs_scores
@@ -200,10 +205,10 @@ class RunConfig(RunFlags):
 
     @property
     def options(self) -> dict[str, object]:
-        """The parameters of all allocations and pruners; of a file, what it held when the configuration was made."""
+        """The parameters of all allocations, pruners and metrics; of a file, what it held when this was made."""
         return {
             name: self.contents.get(name) if option.read else getattr(self, name)
-            for name, option in options_of(ALLOCATIONS, PRUNERS).items()
+            for name, option in options_of(*OPTIONED).items()
         }
 
     @property
@@ -225,9 +230,11 @@ class RunConfig(RunFlags):
     def unread(self) -> set[str]:
         """Fields that this run does not read."""
         if self.analyze_only:
-            return {*fields_of(self)} - {*ANALYSIS}
+            return {*fields_of(self)} - {*ANALYSIS} - {option.name for option in self._metric_options}
         own = {option.name for entry in (self._allocation, PRUNERS[self.pruner]) for option in entry.options}
-        unread = super().unread() | ({*options_of(ALLOCATIONS, PRUNERS)} - own)
+        if self.scored or self.plot:
+            own |= {option.name for option in self._metric_options}
+        unread = super().unread() | ({*options_of(*OPTIONED)} - own)
         if self.plan_only:
             unread |= {*AFTER_PLAN, *(("use_variant", "asymmetry", "fisher") if not self.held_out else ())}
         if not self._allocation.granular:
@@ -269,10 +276,10 @@ class RunConfig(RunFlags):
         if self.sparsity_type != "unstructured":
             parts.append(self.sparsity_type.replace(":", "of"))
         if self.scored:
-            parts += self.ww_metric
+            parts += [*self.ww_metric, *(option.part(getattr(self, option.name)) for option in self._metric_options)]
         for option in (*self._allocation.options, *PRUNERS[self.pruner].options):
             if not option.read:
-                parts.append(f"{option.label or option.name}{_readable(getattr(self, option.name))}")
+                parts.append(option.part(getattr(self, option.name)))
         if self.asymmetry:
             parts.append(f"asymmetry{_readable(self.asymmetry)}")
         if self.fisher:

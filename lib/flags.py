@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import Field, asdict, field, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ def flag(default, text: str, *, group: str, **metadata):
     read     reads the file that it names, and raises RunError where it cannot
     when     the field or property without which it is not read
     shown    the default in words, where it is none that the field could have
-    option   the Option that declared it, of a parameter of an allocation or a pruner
+    option   the Option that declared it, of a parameter of an allocation, a pruner or a metric
     later    a flag that runs had names before: it is a part of them only where it is given
     """
     return field(default=default, metadata={"help": text, "group": group, **metadata})
@@ -68,7 +69,7 @@ class Flags:
     command    the script that is run
     purpose    the first line of its help
     apart      fields that do not decide the result
-    published  fields that are flags of the published command, which stand first in their groups
+    first      fields that stand first in their groups: the flags of the published command
     in_parts   whether the model is read in parts
     contents   what the files that flags name held when the configuration was made
     """
@@ -76,18 +77,17 @@ class Flags:
     command: ClassVar[str]
     purpose: ClassVar[str]
     apart: ClassVar[tuple[str, ...]] = ()
-    published: ClassVar[tuple[str, ...]] = ()
+    first: ClassVar[tuple[str, ...]] = ()
     in_parts = False
     contents: ClassVar[Mapping[str, object]] = MappingProxyType({})
 
     @classmethod
     def groups(cls) -> dict[str, list[Field]]:
-        """What a person is doing -> the flags for it, published ones first."""
-        groups = {group: [item for item in fields(cls) if item.metadata["group"] == group] for group in GROUPS}
-        order = [*cls.published, *(name for name in fields_of(cls) if name not in cls.published)]
-        return {
-            group: sorted(items, key=lambda item: order.index(item.name)) for group, items in groups.items() if items
-        }
+        """What a person is doing -> the flags for it."""
+        known = fields_of(cls)
+        ordered = [known[name] for name in dict.fromkeys([*cls.first, *known])]
+        groups = {group: [item for item in ordered if item.metadata["group"] == group] for group in GROUPS}
+        return {group: items for group, items in groups.items() if items}
 
     @classmethod
     def recorded(cls, values: dict):
@@ -135,7 +135,7 @@ class Flags:
         auto = bounds.get("auto", False)
         if value is None or (auto and value == AUTO) or (least is None and above is None and within is None):
             return
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, numbers.Real):
             raise RunError(f"{name}: '{value}' is {f'neither a number nor {AUTO}' if auto else 'no number'}")
         given = f"{value:g}" if isinstance(value, float) else value
         if least is not None and not least <= value < math.inf:

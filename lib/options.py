@@ -1,21 +1,21 @@
-"""Parameters of allocations and pruners: declared beside what reads them, and flags of the command by themselves."""
+"""Parameters of allocations, pruners and metrics: declared beside what reads them, and thereby flags."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass
 
-from .flags import Flags, fields_of, flag
+from .flags import AUTO, Flags, fields_of, flag
 from .registry import Registry
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number that an allocation or a pruner takes; with `read`, a file.
+    """A number that an allocation, a pruner or a metric takes; with `read`, a file that an allocation does.
 
     name     of the flag, without its dashes
     help     what it means, one sentence; the default is added
     within   the least and the largest value, both allowed
     above    what it must be above
-    auto     what the word `auto` tries on windows held out; empty where it is not allowed
+    auto     what the word `auto` tries on windows held out, of an allocation's; empty where it is not allowed
     label    what the names of runs call it; `name` where nothing is said
     read     of a file: reads it, and raises RunError for what cannot be honoured; such a file has to be given
     """
@@ -28,6 +28,10 @@ class Option:
     auto: tuple[float, ...] = ()
     label: str | None = None
     read: Callable[[str], object] | None = None
+
+    def part(self, value: float | str) -> str:
+        """What it is called in a run's name at that value."""
+        return f"{self.label or self.name}{value if value == AUTO else f'{value:g}'}"
 
     @property
     def kind(self) -> object:

@@ -115,7 +115,9 @@ def problem_of(config: RunConfig, model: LanguageModel) -> Problem:
 
 def check_plan(config: RunConfig, model: LanguageModel) -> None:
     """Raises RunError, before anything is run, where an allocation that measures nothing cannot be met."""
-    if not ALLOCATIONS[config.allocation].measures and AUTO not in config.options.values():
+    allocation = ALLOCATIONS[config.allocation]
+    chosen = any(config.options[option.name] == AUTO for option in allocation.options)
+    if not (allocation.measures or chosen):
         allocate(config.allocation, problem_of(config, model), config.pattern.group)
 
 

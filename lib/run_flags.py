@@ -10,6 +10,7 @@ from .options import with_options
 from .pruners import PRUNERS
 from .shared_flags import DTYPES, SharedFlags
 
+OPTIONED = (ALLOCATIONS, PRUNERS, METRICS)  # whose entries have options, which are flags
 RECOVERIES = ("none", "block", "model")
 RECOVERY_WINDOWS = 2  # in multiples of --nsamples
 
@@ -23,20 +24,20 @@ def prune_methods() -> dict[str, tuple[str, str]]:
     return methods
 
 
-@with_options(ALLOCATIONS, PRUNERS)
+@with_options(*OPTIONED)
 @dataclass(frozen=True)
 class RunFlags(SharedFlags):
     """One field a flag, of that name.
 
     The fields are flat, because a flag has one name wherever it is read: on the command line, in Python, in run.json
     and in messages. What groups and bounds them is metadata (lib/flags.py), of which --help and docs/flags.md are made
-    too; the parameters of allocations and pruners join from their own files (lib/options.py).
+    too; the parameters of allocations, pruners and metrics join from their own files (lib/options.py).
     """
 
     command = "main.py"
     purpose = "Layer-wise pruning of large language models (AlphaPruning)."
     apart = ("cache_dir", "save", "save_model", "quiet", "plot", "activation_memory", "restart")
-    published = (
+    first = (
         "model", "cache_dir", "prune_method", "sparsity_ratio", "sparsity_type", "ww_metric", "ww_metric_cache",
         "epsilon", "mapping_type", "use_variant", "nsamples", "seed", "eval_zero_shot", "save", "save_model",
     )  # fmt: skip

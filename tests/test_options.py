@@ -1,5 +1,6 @@
 """A parameter of an allocation or a pruner: declared in one place, and everywhere by itself."""
 
+import dataclasses
 import json
 
 import pytest
@@ -15,18 +16,21 @@ from lib.allocation.base import Allocation, allocation
 from lib.allocation.budget import fit_budget
 from lib.config import RunConfig
 from lib.masks import lowest_of_matrix
+from lib.metrics.base import metric
 from lib.options import Option, options_of, with_options
-from lib.pruners import PRUNERS
-from lib.pruners.base import mask_of, pruner
+from lib.pruners.base import Pruner, mask_of, pruner
+from lib.run_flags import OPTIONED
 
 TILT = Option("seesaw_tilt", 0.1, "how far odd blocks go up", within=(0, 0.5), auto=(0.0, 0.2), label="tilt")
 POWER = Option("last_power", 1.0, "later columns count more by this power", above=0)
 
+ORDER = Option("moment_order", 1.0, "moment of the eigenvalues", above=0)
+
 
 @pytest.fixture
 def kind(monkeypatch):
-    """The configuration with an allocation and a pruner of a few lines, each with a parameter."""
-    for registry in (ALLOCATIONS, PRUNERS):
+    """The configuration with an allocation, a pruner and a metric of a few lines, each with a parameter."""
+    for registry in OPTIONED:
         monkeypatch.setattr(registry, "_entries", dict(registry.items()))
 
     @allocation("seesaw", options=(TILT,))
@@ -40,7 +44,11 @@ def kind(monkeypatch):
         scores = weight.abs() * torch.arange(1, weight.shape[1] + 1) ** last_power
         return weight.masked_fill(mask_of(scores, sparsity, pattern, lowest_of_matrix), 0)
 
-    return with_options(ALLOCATIONS, PRUNERS)(RunConfig)
+    @metric("moment", sign=+1, options=(ORDER,))
+    def moment(spectrum, moment_order):
+        return float(spectrum.eigenvalues.pow(moment_order).sum())
+
+    return with_options(*OPTIONED)(RunConfig)
 
 
 @pytest.fixture
@@ -88,6 +96,28 @@ def test_a_pruners_parameter_reaches_it(kind, words, tmp_path):
     weight = load_file(tmp_path / "pruned" / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     assert (weight[:, :12] == 0).all()
     assert (weight[:, 20:] != 0).all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_metrics_parameter_reaches_it_and_its_cache(order, kind, words, tmp_path):
+    """Of the singular values' squares: their sum is the squared norm, that of their squares the Gram matrix's."""
+    flags = ["--prune_method", "magnitude_ww", "--WW_metric", "moment", "--moment_order", str(order), "--plot"]
+    assert command(kind, [*words, *flags]) == 0
+    made = record(tmp_path)
+    assert made["run"].startswith(f"magnitude_ww-0.5-moment-moment_order{order}-eps0.2-seed0-")
+    layer = made["layers"][3]
+    weight = load_file(tmp_path / "model" / "model.safetensors")[f"{layer['name']}.weight"].half().double()
+    expected = float(weight.square().sum() if order == 1 else (weight @ weight.T).square().sum())
+    assert layer["score"] == pytest.approx(expected, rel=1e-6)
+    name = "moment" if order == 1 else "moment-moment_order2"
+    assert len(list(tmp_path.glob(f"cache/ww_metric/*/{name}.json"))) == 1
+
+
+def test_auto_is_for_one_parameter_of_an_allocation():
+    with pytest.raises(ValueError, match="can choose one parameter"):
+        Allocation(lambda _: {}, options=(TILT, dataclasses.replace(TILT, name="other")))
+    with pytest.raises(ValueError, match="parameters of allocations"):
+        Pruner(lambda *_: None, "nothing", options=(TILT,))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lib.flags import flag_of
 from lib.metrics import METRICS
 from lib.options import options_of
 from lib.pruners import PRUNERS
+from lib.run_flags import OPTIONED
 
 FILES = [ROOT / "main.py", *sorted((ROOT / "lib").rglob("*.py"))]
 FAMILIES = ("metrics", "allocation", "pruners")
@@ -114,7 +115,7 @@ def test_the_page_of_flags_is_what_the_command_writes(tmp_path):
 def test_options_are_known_to_their_own_files_only():
     """But for the published --epsilon, which results.tsv has a column for."""
     shared = [ROOT / "lib" / name for name in ("config.py", "run_flags.py", "flags.py", "cli.py", "plan.py")]
-    for name in options_of(ALLOCATIONS, PRUNERS).keys() - {"epsilon", "sparsities"}:
+    for name in options_of(*OPTIONED).keys() - {"epsilon", "sparsities"}:
         for path in shared:
             assert name not in path.read_text(), (name, path)
 

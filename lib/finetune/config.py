@@ -43,7 +43,7 @@ class FinetuneConfig(SharedFlags):
     command = "script/finetune.py"
     purpose = "Fine-tuning of a pruned language model with its zeros kept (AlphaPruning)."
     apart = ("cache_dir", "save", "save_model", "quiet", "activation_memory", "restart", "save_steps")
-    published = ("model", "method", "data", "save_model")
+    first = ("model", "method", "data", "save_model")
 
     model: str = flag("", "the pruned model: local folder or hub name", group="model")
     dtype: str = flag(

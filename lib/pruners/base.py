@@ -30,6 +30,8 @@ class Pruner:
     def __post_init__(self):
         if self.needs not in NEEDS:
             raise ValueError(f"needs must be one of {NEEDS}, not {self.needs!r}")
+        if any(option.auto for option in self.options):
+            raise ValueError("`auto` chooses parameters of allocations")
 
     def at(self, values: Mapping[str, object]) -> "Pruner":
         """The pruner with its options at these values."""
