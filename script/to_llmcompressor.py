@@ -5,21 +5,27 @@
 
 RUN_FOLDER is that of any run, of --plan_only too; a table needs every matrix by its name. Give the recipe to
 `llmcompressor.oneshot(..., pipeline="sequential")`, which serves all modifiers in one pass over the model: without it
-each has a pass of its own. Matrices that transformers keeps as one tensor, such as stacks of experts, are none to it.
+each has a pass of its own. It prunes modules of the class Linear and passes over any other, such as stacks of experts:
+a run whose model has others is refused, which a table alone cannot be.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+import transformers
 import yaml
+from torch import nn
 
-from lib import Pattern, RunError
+from lib import Pattern, RunError, find_source
 from lib.allocation.budget import exact_multiples
 from lib.allocation.file import read_entries
 from lib.cli import Parser
+from lib.load import load_config
 from lib.registry import unknown_name
 
 MODIFIERS = {"sparsegpt": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
@@ -42,6 +48,8 @@ def recipe(path: str, modifier: str | None = None, sparsity_type: str | None = N
     sparsities = dict(entries.sparsities)
     if loose := next((key for key in sparsities if key.isdecimal() or PATTERN & set(key)), None):
         raise RunError(f"{entries.path}: '{loose}' is no matrix's name; a run with --plan_only writes a table of names")
+    if settings:
+        check_reach(settings["model"], settings["cache_dir"], sparsities, run)
     if group:
         sparsities = exact_multiples(sparsities, group)
     shares: dict[float, list[str]] = {}
@@ -55,6 +63,19 @@ def recipe(path: str, modifier: str | None = None, sparsity_type: str | None = N
         mask = {"mask_structure": f"{round(sparsity * group)}:{group}"} if group else {}
         made[f"sparsity_{number}_modifiers"] = {MODIFIERS[name]: {"sparsity": sparsity, **mask, "targets": matrices}}
     return {"pruning_stage": made}
+
+
+def check_reach(model: str, cache_dir: str, matrices: Iterable[str], run: Path) -> None:
+    """Raises RunError where llm-compressor would pass over matrices; where the model is gone, says that it is."""
+    try:
+        config = load_config(find_source(model, cache_dir))
+    except RunError as error:
+        print(f"{run}: not compared with its model: {error}", file=sys.stderr)
+        return
+    with torch.device("meta"):
+        modules = dict(transformers.AutoModelForCausalLM.from_config(config).named_modules())
+    if others := [name for name in matrices if not isinstance(modules.get(name), nn.Linear)]:
+        raise RunError(f"{run}: llm-compressor would pass over {len(others)} matrices, such as {others[0]}: no Linear")
 
 
 def main(arguments: list[str] | None = None) -> int:

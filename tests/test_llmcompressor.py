@@ -12,7 +12,7 @@ from shared import ROOT
 from test_bad_input import save_tokenizer
 from tiny import tiny_model
 
-from lib import RunError
+from lib import LanguageModel, RunError
 
 needs_llmcompressor = pytest.mark.skipif(
     importlib.util.find_spec("llmcompressor") is None,
@@ -32,8 +32,9 @@ def folder(tmp_path):
     """A run's folder, by its settings."""
 
     def make(**settings):
+        model = {"model": str(tmp_path / "gone"), "cache_dir": str(tmp_path)}
         (tmp_path / "layers.csv").write_text(TABLE)
-        (tmp_path / "run.json").write_text(json.dumps({"config": settings}))
+        (tmp_path / "run.json").write_text(json.dumps({"config": {**model, **settings}}))
         return tmp_path
 
     return make
@@ -58,6 +59,25 @@ def test_n_of_m(script, folder):
     ]  # fmt: skip
     with pytest.raises(RunError, match=r"0.625, which is no multiple of 1/4"):
         script["recipe"](str(folder(prune_method="wanda_ww", sparsity_type="2:4")))
+
+
+@pytest.mark.parametrize(("architecture", "matrix"), [("mixtral", "mlp.experts.gate_up_proj.0"), ("gpt2", "c_attn")])
+def test_what_it_would_pass_over_is_refused(architecture, matrix, script, folder, tmp_path):
+    """Stacks of experts, and matrices of another class; of a Llama there are none."""
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    tiny_model(architecture).save_pretrained(tmp_path / "other")
+    run = folder(prune_method="wanda", model=str(tmp_path / "llama"))
+    assert len(modifiers(script["recipe"](str(run)))) == 2
+    folder(prune_method="wanda", model=str(tmp_path / "other"))
+    names = [matrix.name for matrix in LanguageModel(tiny_model(architecture)).matrices]
+    (run / "layers.csv").write_text("".join(f"{name},0.5\n" for name in names))
+    with pytest.raises(RunError, match=rf"run.json: llm-compressor would pass over \d+ matrices, such as .*{matrix}"):
+        script["recipe"](str(run))
+
+
+def test_a_model_that_is_gone_is_said(script, folder, capsys):
+    script["recipe"](str(folder(prune_method="wanda")))
+    assert "run.json: not compared with its model: --model " in capsys.readouterr().err
 
 
 def test_a_table_alone(script, tmp_path, capsys):

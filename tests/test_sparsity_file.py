@@ -1,6 +1,5 @@
 """Sparsities out of a file, plans that stop before pruning, and both streamed as in memory."""
 
-import csv
 import itertools
 import json
 
@@ -201,7 +200,7 @@ def test_what_is_chosen_for_a_file_is_chosen_with_it(settings, tmp_path):
     ],
 )
 def test_a_plan_is_what_the_run_does(method, more, settings, tmp_path, monkeypatch):
-    """Its sparsities are the run's, and a run told them does the same; neither weights nor perplexity are touched."""
+    """Its sparsities are the run's, and its table says them; neither weights nor perplexity are touched."""
     settings = {**settings, "nsamples": 8, "prune_method": method, "sparsity_ratio": 0.5, **more}
     whole = main.run(RunConfig(**settings, save_model=str(tmp_path / "pruned")))
     models = []
@@ -217,8 +216,7 @@ def test_a_plan_is_what_the_run_does(method, more, settings, tmp_path, monkeypat
     assert {layer["sparsity"] for layer in record["layers"]} == {None}
     assert not (tmp_path / "never").exists()
     assert record["run"].startswith(f"plan-{method}-0.5")
-    with (results.run_folder(config) / "layers.csv").open() as file:
-        assert {row["name"]: float(row["target_sparsity"]) for row in csv.DictReader(file)} == targets(whole)
+    assert dict(read_entries(str(results.run_folder(config))).sparsities) == targets(whole)
     assert "to be removed, none is yet" in results.summary(record)
     if not more.get("stream"):
         before = tiny_model("llama").state_dict()
