@@ -16,7 +16,7 @@ from lib.fisher import row_fisher, row_weights
 from lib.gradients import check_differentiable
 from lib.inputs import read_inputs
 from lib.load import context_length, find_source, load_config, load_tokenizer
-from lib.plan import apply_plan, plan
+from lib.plan import apply_plan, check_plan, plan
 from lib.stopwatch import Stopwatch
 from lib.windows import sampled_windows
 from lib.workspace import open_workspace
@@ -48,6 +48,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         workspace = open_workspace(config, clock, events)
         model = workspace.load(source, tokenizer, seqlen)
         model.check(config.pattern, inputs.windows.calibration, inputs.evaluation)
+        check_plan(config, model)
         if config.takes_gradients:
             check_differentiable(model)
         described = describe(model, events, source)
@@ -70,13 +71,17 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         allocate = functools.partial(plan, config, model, scores, windows.calibration, windows.held_out)
         planned = workspace.cached("plan", lambda: allocate(cached=workspace.cached, **options))
     events += planned["events"]
+    quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
+    describe_run = functools.partial(
+        results.PruningRecord, config, described, searches=planned["searches"], clock=clock, events=events
+    )
+    if config.plan_only:
+        return describe_run(results.layer_records(model, quality, planned["targets"])).finish(scores, esds)
 
     apply_plan(config, model, planned, windows, clock=clock, events=events, **options, **workspace.resume())
     workspace.finish_pruning()
 
-    quality = scores[config.ww_metric[0]] if config.scored else planned["scores"]
-    layers = results.layer_records(model, quality, planned["targets"], sparsity_by_matrix(model))
-    record = results.PruningRecord(config, described, layers, planned["searches"], clock, events)
+    record = describe_run(results.layer_records(model, quality, planned["targets"], sparsity_by_matrix(model)))
     record.write()
     workspace.save(record.build)
     record.perplexity = evaluator.perplexity()

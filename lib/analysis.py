@@ -57,7 +57,7 @@ def score(config: RunConfig, model: LanguageModel, clock: Stopwatch, events: lis
     esds = {} if config.plot else None
     with clock("metric"):
         cache = results.MetricCache(results.metric_folder(config, model), model, events)
-        scores = layer_quality(model, *config.ww_metric, cache=cache, esds=esds, events=events)
+        scores = layer_quality(model, *config.ww_metric, cache=cache, options=config.options, esds=esds, events=events)
     return scores, esds
 
 

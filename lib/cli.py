@@ -9,7 +9,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import Field
 
 import torch
 import transformers
@@ -19,7 +19,7 @@ from transformers import modeling_gguf_pytorch_utils
 from . import ranks
 from .config import RunConfig
 from .errors import RunError
-from .flags import Flags
+from .flags import Flags, default_of, spellings
 from .memory import keep_freed_memory
 
 FREED_BYTES, FREED_BYTES_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
@@ -35,21 +35,10 @@ def parse(arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig)
     """The command line as a configuration of that kind. Raises RunError for anything that cannot be honoured."""
     parser = Parser(prog=kind.command, description=kind.purpose, allow_abbrev=False)
     types = typing.get_type_hints(kind)
-    for item in fields(kind):
-        flags = list(dict.fromkeys([*item.metadata.get("flags", ()), f"--{item.name}"]))
-        options = {"dest": item.name, "default": item.default, "help": item.metadata["help"].replace("%", "%%")}
-        if types[item.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
-        else:
-            options["type"] = _reader(types[item.name])
-            options["metavar"] = item.name.rpartition("_")[2].upper()
-            several = isinstance(item.default, tuple)
-            options["nargs"] = "+" if several else None
-            if item.default not in (None, ""):
-                options["help"] += f" (default: {' '.join(item.default) if several else item.default})"
-        if choices := item.metadata.get("choices"):
-            options["help"] += f"; one of: {', '.join(choices())}"
-        parser.add_argument(*flags, **options)
+    for title, items in kind.groups().items():
+        group = parser.add_argument_group(title)
+        for item in items:
+            _add_flag(group, item, types[item.name])
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         flag = rest[0].partition("=")[0]
@@ -58,6 +47,22 @@ def parse(arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig)
         guess = f"did you mean {' or '.join(near)}?" if near and flag.startswith("-") else "see --help"
         raise RunError(f"{flag}: belongs to no flag; {guess}")
     return kind(**vars(namespace))
+
+
+def _add_flag(group, item: Field, declared) -> None:
+    """A field as a flag of one of the parser's groups."""
+    options = {"dest": item.name, "default": item.default, "help": item.metadata["help"].replace("%", "%%")}
+    if declared is bool:
+        options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+    else:
+        options["type"] = _reader(declared)
+        options["metavar"] = item.name.rpartition("_")[2].upper()
+        options["nargs"] = "+" if isinstance(item.default, tuple) else None
+        if default := default_of(item):
+            options["help"] += f" (default: {default})"
+    if choices := item.metadata.get("choices"):
+        options["help"] += f"; one of: {', '.join(choices())}"
+    group.add_argument(*spellings(item), **options)
 
 
 def _reader(declared) -> Callable[[str], object]:

@@ -41,7 +41,7 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
     evaluation = None
     tasks = read_tasks(config, tokenizer, events, config.stream)
     windows = corpus_windows(config, tokenizer, seqlen)
-    if config.eval_wikitext:
+    if config.asks("eval_wikitext"):
         evaluation = evaluation_windows(
             config.eval_data, tokenizer, seqlen=seqlen, limit=config.eval_windows, add_bos=config.add_bos,
             cache_dir=config.cache_dir,
@@ -52,7 +52,7 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
 
 def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = False) -> zero_shot.Tasks | None:
     """The zero-shot tasks of a run of any command, if it is asked for them."""
-    if not config.eval_zero_shot:
+    if not config.asks("eval_zero_shot"):
         return None
     bos = required_bos(tokenizer) if config.add_bos == "every" else None
     tasks = zero_shot.load(

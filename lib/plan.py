@@ -10,9 +10,10 @@ from torch import Tensor
 from .activations import Store
 from .allocation import ALLOCATIONS, Problem, allocate
 from .analysis import note
-from .config import AUTO, RunConfig
+from .config import RunConfig
 from .distillation import dense_targets, distil
 from .errors import RunError
+from .flags import AUTO
 from .metrics import METRICS
 from .model import LanguageModel
 from .pruners import PRUNERS
@@ -23,9 +24,7 @@ from .storage import round_to_save_dtypes
 from .trials import Trials
 from .windows import Windows
 
-# What `auto` tries: of an allocation's parameter, in multiples of its default; and of --asymmetry.
-FACTORS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-ASYMMETRIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ASYMMETRIES = (0.0, 0.25, 0.5, 0.75, 1.0)  # what `auto` tries of --asymmetry
 
 
 def plan(
@@ -54,12 +53,15 @@ def plan(
         prune = functools.partial(
             prune_to_targets, config, model, row_weights=row_weights, batch_size=batch_size, store=store
         )
-        way = f"{config.pruner} {config.use_variant} {config.fisher:g} {config.sparsity_type}"
+        own_options = [str(config.options[option.name]) for option in PRUNERS[config.pruner].options]
+        way = " ".join(
+            [config.pruner, str(config.use_variant), f"{config.fisher:g}", config.sparsity_type, *own_options]
+        )
         cached_trial = lambda key, measure: cached(f"{key} {way}", measure)  # noqa: E731
         trials = Trials(model, prune, calibration, held_out, batch_size, store, cached_trial)
     if asymmetry == AUTO:
-        uniform = dict.fromkeys((matrix.name for matrix in model.matrices), config.sparsity)
-        searches.append(trials.grid_search("asymmetry", {value: (uniform, value) for value in ASYMMETRIES}))
+        begin = allocate(config.allocation if allocation.given else "uniform", problem_of(config, model))
+        searches.append(trials.grid_search("asymmetry", {value: (begin, value) for value in ASYMMETRIES}))
         asymmetry = searches[-1]["chosen"]
     if config.scored:
         metric = config.ww_metric[0]
@@ -75,38 +77,50 @@ def plan(
         of_blocks = {int(block): value for block, value in of_blocks.items()}  # which JSON remembers as strings
     elif allocation.measured:
         own, attribution = cached(
-            f"{config.prune_method} {config.use_variant} {asymmetry:g} {config.fisher:g} {config.sparsity:g} "
-            f"{config.sparsity_type}",
+            f"{config.prune_method} {asymmetry:g} {config.sparsity:g} {way}",
             lambda: trials.attribute_loss(config.sparsity, asymmetry, config.pattern.group),
         )
         searches.append(attribution)
-    problem = Problem(
-        sizes={matrix.name: matrix.size for matrix in model.matrices},
-        blocks={matrix.name: matrix.block for matrix in model.matrices},
-        shapes={matrix.name: matrix.shape for matrix in model.matrices},
-        sparsity=config.sparsity, mapping=config.mapping_type, options=options, scores=own, block_scores=of_blocks,
-    )  # fmt: skip
-
-    name = next(iter(allocation.options), None)
+    problem = replace(problem_of(config, model), options=options, scores=own, block_scores=of_blocks)
+    parameter = next((option for option in allocation.options if option.auto), None)
+    name = parameter and parameter.name
 
     def candidate(value: float) -> tuple[dict[str, float], float]:
         at_value = replace(problem, options=options | {name: value})
         return allocate(config.allocation, at_value, config.pattern.group), asymmetry
 
     if name and options[name] == AUTO:
-        default, candidates = getattr(RunConfig, name), {}
-        for value in (round(factor * default, 6) for factor in FACTORS):
+        candidates = {}
+        for value in parameter.auto:
             with contextlib.suppress(RunError):  # a range that the sparsity leaves no room for
                 candidates[value] = candidate(value)
         searches.append(trials.grid_search(name, candidates))
         options[name] = searches[-1]["chosen"]
-    elif allocation.measured and options[name]:
+    elif allocation.measured and parameter and options[name]:
         searches.append(trials.backtrack(name, options[name], candidate, attribution["uniform"]))
         options[name] = searches[-1]["chosen"]
     return {
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
         "asymmetry": asymmetry, "scores": own if allocation.granular else {}, "searches": searches, "events": events,
     }  # fmt: skip
+
+
+def problem_of(config: RunConfig, model: LanguageModel) -> Problem:
+    """What an allocation may look at before anything is measured."""
+    return Problem(
+        sizes={matrix.name: matrix.size for matrix in model.matrices},
+        blocks={matrix.name: matrix.block for matrix in model.matrices},
+        shapes={matrix.name: matrix.shape for matrix in model.matrices},
+        sparsity=config.sparsity, scores={}, mapping=config.mapping_type, options=config.options,
+    )  # fmt: skip
+
+
+def check_plan(config: RunConfig, model: LanguageModel) -> None:
+    """Raises RunError, before anything is run, where an allocation that measures nothing cannot be met."""
+    allocation = ALLOCATIONS[config.allocation]
+    chosen = any(config.options[option.name] == AUTO for option in allocation.options)
+    if not (allocation.measures or chosen):
+        allocate(config.allocation, problem_of(config, model), config.pattern.group)
 
 
 def prune_to_targets(
@@ -121,7 +135,7 @@ def prune_to_targets(
     pruner = PRUNERS[config.pruner]
     if config.use_variant:
         pruner = pruner.variant
-    prune_model(model, pruner, targets, config.pattern, windows, asymmetry=asymmetry, **kwargs)
+    prune_model(model, pruner.at(config.options), targets, config.pattern, windows, asymmetry=asymmetry, **kwargs)
 
 
 def apply_plan(

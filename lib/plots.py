@@ -123,7 +123,7 @@ def draw_scores(layers: list[dict], scores: dict[str, float], metric: str) -> Fi
 
 
 def draw_sparsities(layers: list[dict], target: float) -> Figure:
-    """Target and achieved sparsity of every matrix over depth, beside what uniform pruning would give."""
+    """Target and achieved sparsity of every matrix over depth, of a plan its targets, beside uniform pruning."""
     figure, axis = _depth_figure("Sparsity over depth", "share of zeros")
     size = {layer["name"]: math.prod(layer["shape"]) for layer in layers}
     blocks = sorted({layer["block"] for layer in layers})
@@ -133,11 +133,16 @@ def draw_sparsities(layers: list[dict], target: float) -> Figure:
         return [sum(x[key] * size[x["name"]] for x in xs) / sum(size[x["name"]] for x in xs) for xs in inside]
 
     axis.axhline(target, color=GREY, linestyle=":", linewidth=1.6, label=f"uniform, {target:g}")
+    planned = any(layer["sparsity"] is None for layer in layers)
     axis.scatter(
-        [layer["block"] for layer in layers], [layer["sparsity"] for layer in layers],
-        s=14, color=BLUE, alpha=0.5, label="achieved, each matrix",
+        [layer["block"] for layer in layers],
+        [layer["target_sparsity" if planned else "sparsity"] for layer in layers],
+        s=14, color=BLUE, alpha=0.5, label="target of each matrix" if planned else "achieved, each matrix",
     )  # fmt: skip
     axis.plot(blocks, share("target_sparsity"), color=RED, linewidth=2.2, label="target of the block")
-    axis.plot(blocks, share("sparsity"), color="black", linestyle="--", linewidth=1.2, label="achieved by the block")
+    if not planned:
+        axis.plot(
+            blocks, share("sparsity"), color="black", linestyle="--", linewidth=1.2, label="achieved by the block"
+        )
     axis.legend(fontsize=9)
     return figure

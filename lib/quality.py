@@ -3,13 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
 from . import ranks
 from .allocation import ALLOCATIONS
 from .errors import RunError
-from .esd import DegenerateSpectrumError, Spectrum, cores_for_blas, published_precision
+from .esd import DegenerateSpectrumError, Fit, Spectrum, cores_for_blas, published_precision
 from .metrics import METRICS
 from .model import LanguageModel, Matrix
 from .precision import exact_matmul
@@ -27,6 +28,7 @@ def layer_quality(
     model: LanguageModel,
     *metrics: str,
     cache: MetricCache | None = None,
+    options: Mapping[str, object] = MappingProxyType({}),
     esds: dict[str, dict] | None = None,
     events: list[dict] | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -34,29 +36,32 @@ def layer_quality(
 
     A matrix for which a metric is undefined (zero, rank one ...) gets the mean of the others of its block, or of all
     where there are none; this is appended to `events`. What `cache` holds is not computed again, and it grows as the
-    work goes on. `esds`, where given, is filled with what the pictures show of each spectrum (`esd_summary`).
+    work goes on. `options` are values of metrics' parameters that are not the defaults. `esds`, where given, is
+    filled with what the pictures show of each spectrum (`esd_summary`).
     Raises RunError where no matrix has a score, and with the matrix's name for NaN or infinity.
     """
-    wanted = {name: (METRICS[name].version, METRICS[name].score) for name in metrics}
+    entries = {name: METRICS[name].entry(name, options) for name in (*metrics, DRAWN)}
+    wanted = {entries[name]: (METRICS[name].version, METRICS[name].at(options).score) for name in metrics}
     drawn = next((name for name in metrics if METRICS[name].fit), DRAWN)
+    picture, fit = f"{entries[drawn]}.esd", METRICS[drawn].at(options).fit
     if esds is not None:
-        wanted[f"{drawn}.esd"] = (METRICS[drawn].version, lambda spectrum: esd_summary(spectrum, drawn))
+        wanted[picture] = (METRICS[drawn].version, lambda spectrum: esd_summary(spectrum, drawn, fit))
     found = measure(model, wanted, cache)
     if esds is not None:
-        esds.update({name: value for name, value in found[f"{drawn}.esd"].items() if isinstance(value, dict)})
-    return {name: _complete(model, name, found[name], [] if events is None else events) for name in metrics}
+        esds.update({name: value for name, value in found[picture].items() if isinstance(value, dict)})
+    return {name: _complete(model, name, found[entries[name]], [] if events is None else events) for name in metrics}
 
 
-def esd_summary(spectrum: Spectrum, metric: str) -> dict:
-    """A spectrum's histogram over log10(lam) and the power law behind `metric`, for the pictures.
+def esd_summary(spectrum: Spectrum, metric: str, fit: Callable[[Spectrum], Fit]) -> dict:
+    """What a picture shows of a spectrum: its histogram over log10(lam), and the power law `fit` behind `metric`.
 
     `tail` is the share of the eigenvalues at and above lam_min.
     """
     low, high, counts = spectrum.histogram
-    fit = METRICS[metric].fit(spectrum)
-    tail = float((spectrum.eigenvalues >= fit.lam_min).double().mean())
+    law = fit(spectrum)
+    tail = float((spectrum.eigenvalues >= law.lam_min).double().mean())
     return {
-        "metric": metric, "alpha": fit.alpha, "lam_min": fit.lam_min, "ks": fit.ks, "tail": tail,
+        "metric": metric, "alpha": law.alpha, "lam_min": law.lam_min, "ks": law.ks, "tail": tail,
         "low": low, "high": high, "counts": [int(count) for count in counts],
     }  # fmt: skip
 

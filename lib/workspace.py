@@ -69,7 +69,7 @@ class Workspace:
 class StreamingWorkspace(Workspace):
     """Of a run with --stream: one block in memory at a time, activations in a store, a journal of what is done."""
 
-    _journal: results.Journal
+    _journal: results.Journal | None = None  # none for a plan, which writes no block
 
     def load(self, source: Source, tokenizer, seqlen: int) -> LanguageModel:
         config, source = self._config, results.convert_to_safetensors(source)
@@ -78,11 +78,12 @@ class StreamingWorkspace(Workspace):
         return self.model
 
     def begin(self) -> None:
-        self._journal = results.Journal(self._config, self.model)
+        if not self._config.plan_only:
+            self._journal = results.Journal(self._config, self.model)
         self.store = results.activation_store(self._config)
 
     def cached(self, name: str, make: Callable[[], T]) -> T:
-        return self._journal.cached(name, make)
+        return self._journal.cached(name, make) if self._journal else super().cached(name, make)
 
     def resume(self) -> dict:
         self._journal.use_committed(self._journal.done)

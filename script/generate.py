@@ -9,6 +9,7 @@ import contextlib
 import gc
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,10 +19,13 @@ import torch
 import transformers
 
 from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
-from lib.cli import Parser, set_up_logging
+from lib.cli import parse, set_up_logging
+from lib.flags import Flags, flag
 from lib.load import Source, choose_device, context_length, load_config
+from lib.shared_flags import DTYPES
 from lib.sparse import own_dtype
 
+PURPOSE = __doc__.splitlines()[0]
 COLUMNS = ("", "first token, s", "tokens/s", "weights, GB", "peak memory, GB")
 
 
@@ -37,29 +41,32 @@ class Timed(transformers.TextStreamer):
         super().put(value)
 
 
-def parse(arguments: list[str] | None):
-    """The command line. Raises RunError for what cannot be honoured."""
-    parser = Parser(prog="generate.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="folder of a pruned checkpoint, or what else main.py takes")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="most tokens to add (default: 64)")
-    parser.add_argument("--dense", action="store_true", help="keep the zeros")
-    parser.add_argument("--compare", action="store_true", help="without the zeros, and then with them")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: bfloat16 where the checkpoint is, float32 for others on the CPU",
+@dataclass(frozen=True)
+class GenerateFlags(Flags):
+    """The flags of this command. Raises RunError on construction for a value that cannot be honoured."""
+
+    command = "script/generate.py"
+    purpose = PURPOSE
+
+    model: str = flag("", "folder of a pruned checkpoint, or what else main.py takes", group="model")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N", group="model")
+    dtype: str = flag(
+        "auto", "auto: bfloat16 where the checkpoint is, float32 for others on the CPU", group="model",
+        choices=lambda: list(DTYPES),
     )  # fmt: skip
-    parser.add_argument("--cache_dir", default="llm_weights", help="folder for downloaded models")
-    options = parser.parse_args(arguments)
-    if options.max_new_tokens < 1:
-        raise RunError(f"--max_new_tokens {options.max_new_tokens}: must be at least 1")
-    if options.dense and options.compare:
-        raise RunError("--compare: does what --dense does as well; leave one out")
-    return options
+    cache_dir: str = flag("llm_weights", "folder for downloaded models", group="model")
+    dense: bool = flag(False, "keep the zeros", group="method")
+    compare: bool = flag(False, "without the zeros, and then with them", group="method")
+    prompt: str = flag("", "the text to continue", group="text")
+    max_new_tokens: int = flag(64, "most tokens to add", group="text", least=1)
+
+    def __post_init__(self):
+        self.check_each("model")
+        if self.dense and self.compare:
+            raise RunError("--compare: does what --dense does as well; leave one out")
 
 
-def measured(source: Source, tokenizer, tokens: torch.Tensor, options, dense: bool) -> tuple:
+def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateFlags, dense: bool) -> tuple:
     """A row of the table: the model is loaded, the text printed, and the model let go."""
     forget_peak()
     dtype = own_dtype(source, options.device, options.dtype)
@@ -102,13 +109,13 @@ def peak() -> int:
         return psutil.Process().memory_info().rss
 
 
-def generate(options) -> None:
-    options.device = choose_device(options.device)
+def generate(options: GenerateFlags) -> None:
+    options = replace(options, device=choose_device(options.device))
     source = find_source(options.model, options.cache_dir)
     config, tokenizer = load_config(source), load_tokenizer(source)
     tokens = tokenizer(options.prompt, return_tensors="pt").input_ids
     if tokens.numel() == 0:
-        raise RunError("--prompt: has no token")
+        raise RunError("--prompt: has no token; give the text to continue")
     limit = context_length(config)
     if limit and tokens.shape[1] + options.max_new_tokens > limit:
         raise RunError(
@@ -127,7 +134,7 @@ def generate(options) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit status, as main.py's."""
     try:
-        options = parse(arguments)
+        options = parse(arguments, GenerateFlags)
         set_up_logging(quiet=False)
         generate(options)
     except RunError as error:

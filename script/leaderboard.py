@@ -299,8 +299,9 @@ class Runner:
         """What `plan` measures, from the one pass over the dense model where it is an allocation's own scores."""
         if not ALLOCATIONS[config.allocation].score or key.startswith("trial"):
             return self._cached(key, *_windows_key(config), measure=measure)
+        options = [config.options[option.name] for name in self._scoring for option in ALLOCATIONS[name].options]
         return self._cached(
-            "scores", config.mapping_type, config.owl_m, *_windows_key(config),
+            "scores", config.mapping_type, *options, *_windows_key(config),
             measure=lambda: allocation_scores(
                 self._model, self._scoring, calibration, config.options, config.mapping_type, batch_size=batch
             ),

@@ -14,7 +14,7 @@ from lib import Problem, RunError, allocate
 from lib.allocation import ALLOCATIONS
 from lib.allocation.activations import linear_reconstruction_error, median_score, outliers
 from lib.allocation.base import MAPPINGS
-from lib.allocation.budget import S_MAX, fit_budget, round_to_pattern, shift_to_budget
+from lib.allocation.budget import S_MAX, UnreachableError, fit_budget, round_to_pattern, shift_to_budget
 from lib.allocation.fixed import lamp_quantiles
 from lib.allocation.search import KAPPA
 from lib.stats import InputStats
@@ -142,7 +142,7 @@ def test_a_budget_inside_a_block_that_cannot_be_reached_names_the_whole_runs_rat
 @pytest.mark.parametrize("method", ALLOCATIONS)
 def test_allocations_without_a_parameter_have_no_flag_to_name(method, monkeypatch):
     def solve(_problem):
-        raise RunError("cannot be reached")
+        raise UnreachableError("cannot be reached")
 
     monkeypatch.setitem(ALLOCATIONS._entries, method, dataclasses.replace(ALLOCATIONS[method], solve=solve))
     with pytest.raises(RunError) as error:

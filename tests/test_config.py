@@ -24,7 +24,7 @@ DECIDING = {
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
     "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
-    "tasks": ("piqa",), "task_limit": 9,
+    "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json",
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
@@ -142,9 +142,14 @@ def test_run_name_is_readable(flags, readable, configure):
 
 
 @pytest.mark.parametrize("name", DECIDING)
-def test_run_name_tells_what_decides(name, configure):
+def test_run_name_tells_what_decides(name, configure, tmp_path, monkeypatch):
     # with a method that has a variant, and an allocation beside which N:M may stand
     method = {"prune_method": "sparsegpt_ww"} if name in ("asymmetry", "fisher") else {}
+    if name == "sparsities":
+        for path, share in ("half.json", 0.5), ("less.json", 0.4):
+            (tmp_path / path).write_text(f'{{"*": {share}}}')
+        monkeypatch.chdir(tmp_path)
+        method = {"prune_method": "wanda_file", "sparsities": "less.json"}
     changed = configure(**{"save_model": "pruned", **method, name: DECIDING[name]})  # which a streamed run needs
     assert changed.run_name != configure(**method).run_name
 

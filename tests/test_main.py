@@ -119,8 +119,10 @@ def tiny_folder(tmp_path_factory):
 @pytest.mark.parametrize("sparsity_type", ["unstructured", "2:4", "4:8"])
 @pytest.mark.parametrize("method", prune_methods())
 def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder, tmp_path):
+    (tmp_path / "half.json").write_text('{"*": 0.5}')
+    file = {"sparsities": str(tmp_path / "half.json")} if method.endswith("_file") else {}
     config = RunConfig(
-        model=str(tiny_folder), prune_method=method, sparsity_ratio=0.5, sparsity_type=sparsity_type, seqlen=32,
+        model=str(tiny_folder), prune_method=method, sparsity_ratio=0.5, sparsity_type=sparsity_type, seqlen=32, **file,
         nsamples=4, eval_windows=2, device="cpu", epsilon=0.4, calib_data=str(tiny_folder / "letters.txt"),
         eval_data=str(tiny_folder / "letters.txt"),
         cache_dir=str(tmp_path / "cache"), save=str(tmp_path / "out"), save_model=str(tmp_path / "pruned"),

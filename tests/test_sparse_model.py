@@ -331,7 +331,7 @@ def test_generate_compares(folder):
         (["--model", "{}", "--prompt", "w1", "--max_new_tokens", "64"], "--prompt: its 1 tokens and --max_new_tokens"),
         (["--model", "{}", "--prompt", "w1", "--dense", "--compare"], "--compare: does what --dense does"),
         (["--model", "{}", "--prompt", "w1", "--device", "tpu"], "--device: 'tpu' is unknown"),
-        (["--model", "{}", "--prompt", "w1", "--dtype", "int8"], "--dtype: invalid choice"),
+        (["--model", "{}", "--prompt", "w1", "--dtype", "int8"], "--dtype: 'int8' is unknown"),
     ],
 )
 def test_errors_of_generate_are_one_line(folder, flags, message):

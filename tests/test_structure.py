@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 
+import forking
 import pytest
 from shared import ROOT
 
@@ -12,7 +13,9 @@ from lib.config import RunConfig, prune_methods
 from lib.finetune.config import FinetuneConfig
 from lib.flags import flag_of
 from lib.metrics import METRICS
+from lib.options import options_of
 from lib.pruners import PRUNERS
+from lib.run_flags import OPTIONED
 
 FILES = [ROOT / "main.py", *sorted((ROOT / "lib").rglob("*.py"))]
 FAMILIES = ("metrics", "allocation", "pruners")
@@ -88,18 +91,33 @@ def test_no_global_device():
         assert "cuda:0" not in path.read_text(), path
 
 
-def test_readme_names_every_flag_and_method():
+def test_readme_names_every_method():
     readme = (ROOT / "README.md").read_text()
-    table = {line.split("`")[1].split(" ")[0] for line in readme.splitlines() if line.startswith("| `--")}
-    assert table == {flag_of(item) for item in dataclasses.fields(RunConfig)}
     for name in (*PRUNERS, *METRICS, "wanda_ww"):
         assert f"`{name}`" in readme, name
 
 
-def test_the_page_on_fine_tuning_names_every_flag():
-    page = (ROOT / "docs/finetuning.md").read_text()
+@pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig])
+def test_the_page_of_flags_names_every_flag(kind):
+    page = (ROOT / "docs/flags.md").read_text().partition(f"\n## {kind.command}\n")[2].partition("\n## ")[0]
     table = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `--")]
-    assert table == [flag_of(item) for item in dataclasses.fields(FinetuneConfig)]
+    assert sorted(table) == sorted(flag_of(item) for item in dataclasses.fields(kind))
+
+
+def test_the_page_of_flags_is_what_the_command_writes(tmp_path):
+    done = forking.run("script/document_flags.py", [str(tmp_path / "flags.md")])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "flags.md").read_text() == (ROOT / "docs/flags.md").read_text(), (
+        "python script/document_flags.py"
+    )
+
+
+def test_options_are_known_to_their_own_files_only():
+    """But for the published --epsilon, which results.tsv has a column for."""
+    shared = [ROOT / "lib" / name for name in ("config.py", "run_flags.py", "flags.py", "cli.py", "plan.py")]
+    for name in options_of(*OPTIONED).keys() - {"epsilon", "sparsities"}:
+        for path in shared:
+            assert name not in path.read_text(), (name, path)
 
 
 def test_methods_are_all_pairs():

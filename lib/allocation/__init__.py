@@ -3,7 +3,7 @@
 `allocate` is the one entry: it runs an allocation by name and rounds the result to N:M where asked.
 """
 
-from . import uniform, ww, activations, fixed, search  # noqa: F401, I001 (in the order the help lists them)
+from . import uniform, ww, activations, fixed, search, file  # noqa: F401, I001 (in the order the help lists them)
 from .base import ALLOCATIONS, Problem, allocate
 
 __all__ = ["ALLOCATIONS", "Problem", "allocate"]

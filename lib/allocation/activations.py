@@ -10,12 +10,25 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..options import Option, multiples
 from ..stats import InputStats, wanda_scores
 from .base import Problem, allocation, by_mapping
 from .budget import shift_to_budget
 
 LSA_GROUP = 128  # columns pruned together
 LSA_GROUPS_ON_GPU = 4
+
+
+def _span(name: str, method: str, default: float) -> Option:
+    """The parameter that the three have in common."""
+    text = f"parameter of *_{method}: half the range of sparsities, in [0, 1]; or auto"
+    return Option(name, default, text, within=(0, 1), auto=multiples(default))
+
+
+OWL_LAMBDA = _span("owl_lambda", "owl", 0.08)
+OWL_M = Option("owl_m", 5.0, "parameter of *_owl: an outlier is so many times the mean", above=0)
+DLP_ALPHA = _span("dlp_alpha", "dlp", 0.15)
+LSA_ALPHA = _span("lsa_alpha", "lsa", 0.15)
 
 
 def _keep_more(problem: Problem, scores: Mapping[str, float], sparsity: float, span: float) -> dict[str, float]:
@@ -37,7 +50,7 @@ def outliers(matrices: Sequence[tuple[Tensor, InputStats | None]], options: Mapp
     return 100 * float((scores > options["owl_m"] * scores.mean()).float().mean())
 
 
-@allocation("owl", score=outliers, needs="diagonal", options=("owl_lambda", "owl_m"), granular=True)
+@allocation("owl", score=outliers, needs="diagonal", options=(OWL_LAMBDA, OWL_M), granular=True)
 def owl(problem: Problem) -> dict[str, float]:
     """Outlier-weighed layer-wise sparsity (Yin et al. 2023, arXiv 2310.05175): more outliers keep more weights."""
     span = problem.options["owl_lambda"]
@@ -49,7 +62,7 @@ def median_score(matrices: Sequence[tuple[Tensor, InputStats | None]], _options:
     return float(torch.cat([wanda_scores(*matrix).flatten() for matrix in matrices]).median())
 
 
-@allocation("dlp", score=median_score, needs="diagonal", options=("dlp_alpha",), granular=True)
+@allocation("dlp", score=median_score, needs="diagonal", options=(DLP_ALPHA,), granular=True)
 def dlp(problem: Problem) -> dict[str, float]:
     """Dynamic layer-wise pruning (Chen et al. 2025, arXiv 2505.23807): a low median keeps more weights."""
     span = problem.options["dlp_alpha"]
@@ -94,7 +107,7 @@ def mean_reconstruction_error(
     return sum(errors) / len(errors)
 
 
-@allocation("lsa", score=mean_reconstruction_error, needs="gram", options=("lsa_alpha",), granular=True)
+@allocation("lsa", score=mean_reconstruction_error, needs="gram", options=(LSA_ALPHA,), granular=True)
 def lsa(problem: Problem) -> dict[str, float]:
     """Layer-wise sparsity allocation (ICLR 2026, OpenReview xq3lza5IjN): by reconstruction errors, then as DLP."""
     span = problem.options["lsa_alpha"]

@@ -1,14 +1,16 @@
 """What an allocation is, what it may look at, and the one entry that runs it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..errors import RunError
+from ..options import Option
 from ..registry import Registry
 from ..stats import InputStats
-from .budget import S_MAX, round_to_pattern
+from .budget import S_MAX, UnreachableError, exact_multiples, round_to_pattern
 
 MAPPINGS = ("block_wise", "layer_wise", "mixed")
 
@@ -19,18 +21,18 @@ class Problem:
 
     sizes         weights in each matrix
     blocks        the block each matrix belongs to
-    sparsity      the share of all weights to prune, S
+    sparsity      the share of all weights to prune, S; None where the allocation is told each matrix's, and S is not
     scores        of each matrix: layer quality, larger for matrices that can lose more, or what the allocation's own
                   `score` says of it; empty where it reads none
     mapping       one of MAPPINGS: where the sparsities may differ
     block_scores  of each block as a whole; where empty, the mean over its matrices
     shapes        (out, in) of each matrix (`er`)
-    options       the allocations' parameters by their flags' names
+    options       the allocations' parameters by their flags' names; of a file, what was read of it
     """
 
     sizes: Mapping[str, int]
     blocks: Mapping[str, int]
-    sparsity: float
+    sparsity: float | None
     scores: Mapping[str, float]
     mapping: str = "block_wise"
     block_scores: Mapping[int, float] = field(default_factory=dict)
@@ -43,6 +45,10 @@ class Problem:
         for name, block in self.blocks.items():
             members.setdefault(block, []).append(name)
         return members
+
+    def mean(self, sparsities: Mapping[str, float]) -> float:
+        """The share of all weights that sparsities of the matrices come to."""
+        return math.fsum(sparsities[name] * size for name, size in self.sizes.items()) / sum(self.sizes.values())
 
     def score_of_block(self, block: int, names: Sequence[str]) -> float:
         if self.block_scores:
@@ -61,18 +67,29 @@ class Allocation:
     needs_scores  whether it reads the scores of --WW_metric
     score         or a score of its own, of the dense model's weights and inputs
     needs         what of the inputs that score reads (lib/stats.py)
-    options       the flags that are its parameters; the first is the one that `auto` chooses
+    options       its parameters, which are flags: 0 of the first is uniform, and `auto` chooses at most one of them
     measured      whether its scores come from pruning the model on trial (lib/trials.py)
     granular      whether --mapping_type matters
+    given         whether the user says each sparsity: none is rounded, and their mean is what it is
     """
 
     solve: Callable[[Problem], dict[str, float]]
     needs_scores: bool = False
     score: Score | None = None
     needs: str = "nothing"
-    options: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
     measured: bool = False
     granular: bool = False
+    given: bool = False
+
+    def __post_init__(self):
+        if sum(bool(option.auto) for option in self.options) > 1:
+            raise ValueError("`auto` can choose one parameter of an allocation, not several")
+
+    @property
+    def measures(self) -> bool:
+        """Whether it reads more than the matrices' names and shapes."""
+        return self.needs_scores or self.score is not None or self.measured
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("--prune_method")
@@ -122,12 +139,15 @@ def allocate(
     entry = ALLOCATIONS[method]
     try:
         solution = entry.solve(problem)
-    except RunError as error:
-        evener = f", or for --{entry.options[0]} closer to 0" if entry.options else ""
+    except UnreachableError as error:
+        parameter = next((option.name for option in entry.options if not option.read), None)
+        evener = f", or for --{parameter} closer to 0" if parameter else ""
         raise RunError(f"--sparsity_ratio {problem.sparsity:g}: {error}; ask for less{evener}") from error
     clamped = [name for name, sparsity in solution.items() if sparsity == S_MAX]
     if clamped and events is not None:
         events.append({"matrix": None, "message": f"held at the largest sparsity {S_MAX}: {', '.join(clamped)}"})
+    if entry.given and group is not None:
+        return exact_multiples(solution, group)
     if group is None:
         return solution
     units = list(problem.members().values()) if problem.mapping == "block_wise" else [[name] for name in problem.sizes]

@@ -8,6 +8,10 @@ from ..errors import RunError
 S_MIN, S_MAX = 0.0, 0.99
 
 
+class UnreachableError(RunError):
+    """A mean sparsity that the bounds do not allow; `allocate` adds which flags to change."""
+
+
 def fit_budget(
     ratios: Mapping[str, float],
     sizes: Mapping[str, int],
@@ -19,7 +23,7 @@ def fit_budget(
 
     Where nothing clamps this is r_k * S * sum(n) / sum(n_k r_k), the published mapping. What clamping
     takes from some is put back on the others in proportion to r_k n_k, until none is outside.
-    Raises RunError where no c reaches S; `allocate` adds which flags to change.
+    Raises UnreachableError where no c reaches S.
     """
     fixed: dict[str, float] = {}
     budget = sparsity * sum(sizes[name] for name in ratios)
@@ -44,8 +48,8 @@ def fit_budget(
 def shift_to_budget(sparsity: float, keep: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
     """clip(c - keep, S_MIN, S_MAX) with the c at which their mean, weighted by `sizes`, is `sparsity`, by bisection.
 
-    Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed. Raises RunError
-    where no c reaches S.
+    Where nothing is clipped that is S + mean(keep) - keep: the larger `keep`, the less is removed. Raises
+    UnreachableError where no c reaches S.
     """
 
     def at(c: float) -> dict[str, float]:
@@ -66,7 +70,7 @@ def _reaching(
     """What was found, unless its mean is not the sparsity."""
     total = sum(sizes[name] for name in found)
     if abs(sum(share * sizes[name] for name, share in found.items()) - sparsity * total) > 1e-9 * total:
-        raise RunError(f"cannot be reached with every matrix between {s_min:g} and {s_max:g}")
+        raise UnreachableError(f"cannot be reached with every matrix between {s_min:g} and {s_max:g}")
     return found
 
 
@@ -99,3 +103,14 @@ def round_to_pattern(
         zeros[i] += 1
         missing -= weights[i]
     return {name: zeros[i] / group for i, unit in enumerate(units) for name in unit}
+
+
+def exact_multiples(sparsities: Mapping[str, float], group: int) -> dict[str, float]:
+    """Multiples of 1/group that stay what they are. Raises RunError for a sparsity that is none."""
+    zeros = {name: round(sparsity * group) for name, sparsity in sparsities.items()}
+    for name, sparsity in sparsities.items():
+        if abs(zeros[name] / group - sparsity) > 1e-6:
+            raise RunError(
+                f"--sparsity_type: {name} is to have the sparsity {sparsity:g}, which is no multiple of 1/{group}"
+            )
+    return {name: count / group for name, count in zeros.items()}

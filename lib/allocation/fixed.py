@@ -5,14 +5,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..options import Option, multiples
 from ..stats import InputStats
 from .base import Problem, allocation
 from .budget import S_MAX, fit_budget
 
 QUANTILES = 1000  # of a matrix's scores, in place of all of them
 
+BETA = Option(
+    "ramp_beta", 0.01, "parameter of *_ramp: what the sparsity grows by from block to block, in [-1, 1]; 0.01 is this "
+    "project's choice; or auto", within=(-1, 1), auto=multiples(0.01),
+)  # fmt: skip
 
-@allocation("ramp", options=("ramp_beta",))
+
+@allocation("ramp", options=(BETA,))
 def ramp(problem: Problem) -> dict[str, float]:
     """s_b = S - beta (B - 1) / 2 + beta b, by depth only (ATP, arXiv 2502.14770): what any other has to beat."""
     beta, last = problem.options["ramp_beta"], max(problem.blocks.values())

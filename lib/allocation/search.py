@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ..options import Option, multiples
 from .base import Problem, allocation, by_mapping
 from .budget import shift_to_budget
 
@@ -13,8 +14,13 @@ KAPPA = 6.0  # with which the marginal loss grows, as exp(KAPPA s); measured 4 t
 MIN_SENSITIVITY = 0.2  # of the median: the least sensitivity of a block or kind
 ROUNDS = 50
 
+STRENGTH = Option(
+    "search_strength", 0.6, "parameter of *_search: how far it follows its measurements, in [0, 2]: 0 is uniform, 1 "
+    "equal marginal losses; or auto", within=(0, 2), auto=multiples(0.6),
+)  # fmt: skip
 
-@allocation("search", measured=True, options=("search_strength",), granular=True)
+
+@allocation("search", measured=True, options=(STRENGTH,), granular=True)
 def search(problem: Problem) -> dict[str, float]:
     """Equal marginal losses: s_k = S + strength / KAPPA * (mean(log m) - log m_k), and then exactly to the budget.
 

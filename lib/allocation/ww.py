@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping
 
+from ..options import Option, multiples
 from .base import Problem, allocation, by_mapping
 from .budget import fit_budget
 
+EPSILON = Option(
+    "epsilon", 0.2, "parameter of *_ww: pruning ratios lie within 1 - epsilon and 1 + epsilon of each other's scale, "
+    "in [0, 1]; or auto: chosen by the loss on windows held out", within=(0, 1), auto=multiples(0.2), label="eps",
+)  # fmt: skip
 
-@allocation("ww", needs_scores=True, options=("epsilon",), granular=True)
+
+@allocation("ww", needs_scores=True, options=(EPSILON,), granular=True)
 def ww(problem: Problem) -> dict[str, float]:
     """r_k = 1 - eps + 2 eps (q_k - min q) / (max q - min q), scaled to the budget."""
 

@@ -6,16 +6,15 @@ from pathlib import Path
 import torch
 
 from ..config import TOKENS_AT_ONCE
-from ..data import ADD_BOS, find_corpus
+from ..data import find_corpus
 from ..errors import RunError
-from ..flags import Flags, flag
-from ..load import choose_device, locate
+from ..flags import flag
+from ..load import choose_device
 from ..precision import fast_dtype
-from ..zero_shot import PAPER
+from ..shared_flags import SharedFlags
 
 METHODS = ("lora", "full")
 PASSES = ("auto", "float32", "bfloat16")
-SAVED = ("auto", "float32", "bfloat16", "float16")
 ALL = "all"
 DISTILL = 0.5  # where there is a teacher and nothing is said
 
@@ -35,8 +34,8 @@ def optimisers() -> list[str]:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Flags):
-    """One fine-tuning. Each field is the flag of its name, as in lib.config.RunConfig.
+class FinetuneConfig(SharedFlags):
+    """One fine-tuning. Each field is the flag of its name, as in lib/run_flags.py.
 
     Raises RunError on construction for a value that cannot be honoured.
     """
@@ -44,70 +43,71 @@ class FinetuneConfig(Flags):
     command = "script/finetune.py"
     purpose = "Fine-tuning of a pruned language model with its zeros kept (AlphaPruning)."
     apart = ("cache_dir", "save", "save_model", "quiet", "activation_memory", "restart", "save_steps")
+    first = ("model", "method", "data", "save_model")
 
-    model: str = flag("", "the pruned model: local folder or hub name")
-    data: str = flag("c4", "training text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH")
-    save_model: str = flag("", "folder for the fine-tuned checkpoint")
-    method: str = flag("lora", "what is trained: low-rank updates, or every weight left", choices=lambda: list(METHODS))
-    rank: int = flag(8, "rank of the updates")
-    alpha: float = flag(16.0, "an update counts alpha / rank times")
-    lora_targets: tuple[str, ...] = flag((ALL,), "names of the modules to update, such as q_proj v_proj, or all")
-    keep_adapter: bool = flag(False, "train and save an ordinary adapter of peft, without the mask, and merge nothing")
-    learning_rate: float = flag(1e-4, "at the start; it falls to zero linearly")
-    weight_decay: float = flag(0.0, "of the optimiser, for matrices")
-    optim: str = flag("adamw_torch", "optimiser, by the Trainer's name for it", choices=optimisers)
-    epochs: float = flag(1.0, "passes over the training windows")
-    nsamples: int | None = flag(None, "training windows (default: all there are, at most 1024)")
-    validation_windows: int = flag(16, "windows of the training text held out, to choose settings by; 0: none")
-    seqlen: int | None = flag(None, "tokens a window (default: the calibration's, else 2048 or the model's limit)")
-    batch_size: int = flag(1, "windows a pass, in each process")
-    gradient_accumulation: int = flag(8, "passes a step")
-    teacher: str | None = flag(None, "the dense model, whose distribution is aimed at too; it is read block by block")
-    distill: float | None = flag(None, "share of the loss that is the divergence from the teacher (default: 0.5)")
-    seed: int = flag(0, "seed of the windows, of their order and of the updates")
-    eval_wikitext: bool = flag(True, "report perplexity on --eval_data, before and after")
-    eval_data: str = flag("wikitext2", "evaluation text: wikitext2, c4, ptb, pydoc, a path, or c4:PATH")
-    eval_windows: int | None = flag(None, "evaluate the first windows only (default: all)")
-    add_bos: str = flag(
-        "once", "BOS in front of the text, as its tokenizer has it, or of every window", choices=lambda: list(ADD_BOS)
-    )
-    eval_zero_shot: bool = flag(False, "report accuracy on --tasks, before and after")
-    tasks: tuple[str, ...] = flag(
-        PAPER, "zero-shot tasks: names or groups of lm_eval, or .yaml files and folders of your own"
-    )
-    task_limit: int | None = flag(None, "evaluate the first documents of each task only (default: all)")
-    device: str = flag("auto", "auto (cuda where there is one), cpu, cuda, cuda:N")
+    model: str = flag("", "the pruned model: local folder or hub name", group="model")
     dtype: str = flag(
-        "auto", "of the passes; auto: bfloat16 where the processor multiplies in it", choices=lambda: list(PASSES)
+        "auto", "type that passes multiply in; auto: bfloat16 where the processor does, else float32", group="model",
+        choices=lambda: list(PASSES),
+    )  # fmt: skip
+    method: str = flag(
+        "lora", "what is trained: low-rank updates of the matrices, or every weight left", group="method",
+        choices=lambda: list(METHODS),
+    )  # fmt: skip
+    rank: int = flag(8, "rank of the updates", group="method", least=1)
+    alpha: float = flag(16.0, "an update counts alpha / rank times", group="method", above=0)
+    lora_targets: tuple[str, ...] = flag(
+        (ALL,), "names of the matrices to update, such as q_proj v_proj, or all", group="method"
     )
-    cache_dir: str = flag("llm_weights", "folder for downloaded models and data")
-    trust_remote_code: bool = flag(False, "allow code that comes with a model from the hub")
-    save: str = flag("results", "folder for results")
-    save_dtype: str = flag(
-        "auto", "dtype of the checkpoint; auto: each tensor's own in the files", choices=lambda: list(SAVED)
+    keep_adapter: bool = flag(
+        False, "train and save an ordinary adapter of peft, without the mask, and merge nothing", group="method"
     )
-    save_steps: int = flag(100, "steps from one state that a broken run goes on from to the next")
+    teacher: str | None = flag(
+        None, "the dense model, whose distribution is aimed at too; it is read block by block", group="method",
+        shown="none",
+    )  # fmt: skip
+    distill: float | None = flag(
+        None, "share of the loss that is the divergence from the teacher, in (0, 1]", group="method",
+        shown=f"{DISTILL} with a teacher",
+    )  # fmt: skip
+    data: str = flag(
+        "c4", "training text: c4, wikitext2, ptb, pydoc, a path, or c4:PATH, as for --calib_data of main.py",
+        group="training",
+    )  # fmt: skip
+    nsamples: int | None = flag(None, "training windows", group="training", least=1, shown="all, at most 1024")
+    validation_windows: int = flag(
+        16, "windows of the training text held out, to choose settings by; 0: none", group="training", least=0
+    )
+    seqlen: int | None = flag(
+        None, "tokens a window", group="training", least=2,
+        shown="the calibration's; without a record of the pruning 2048, or the model's limit",
+    )  # fmt: skip
+    learning_rate: float = flag(1e-4, "at the start; it falls to zero linearly", group="training", above=0)
+    weight_decay: float = flag(0.0, "of the optimiser, for matrices", group="training", least=0)
+    optim: str = flag("adamw_torch", "optimiser, by the Trainer's name for it", group="training", choices=optimisers)
+    epochs: float = flag(1.0, "passes over the training windows", group="training", above=0)
+    batch_size: int = flag(1, "windows a pass, in each process", group="training", least=1)
+    gradient_accumulation: int = flag(8, "passes a step", group="training", least=1)
+    seed: int = flag(0, "seed of the windows, of their order and of the updates", group="training", least=0)
+    save_model: str = flag("", "folder for the fine-tuned checkpoint", group="output")
+    save_steps: int = flag(
+        100, "steps from one state that a broken run goes on from to the next", group="large models", least=1
+    )
     activation_memory: float | None = flag(
-        None, "GB of the teacher's states kept in memory, the rest in a file (default: a quarter of what is free)"
+        None, "GB of the teacher's states kept in memory, the rest in a file", group="large models", least=0,
+        shown="a quarter of what is free",
+    )  # fmt: skip
+    restart: bool = flag(
+        False, "begin anew instead of going on where the same command was broken off", group="large models"
     )
-    restart: bool = flag(False, "begin anew instead of going on where the same command was broken off")
-    quiet: bool = flag(False, "no log and no progress bars")
 
     def __post_init__(self):
-        self.make_tuples("lora_targets", "tasks")
-        self.check_given("model", "save_model")
-        self.check_least(
-            rank=1, nsamples=1, validation_windows=0, seqlen=2, batch_size=1, gradient_accumulation=1, seed=0,
-            eval_windows=1, task_limit=1, save_steps=1, weight_decay=0, activation_memory=0,
-        )  # fmt: skip
-        self.check_above_zero("alpha", "learning_rate", "epochs")
+        self.make_tuples()
+        self.check_each("model", "save_model")
         self._check_combinations()
-        choose_device(self.device)
         find_corpus("--data", self.data)
-        if self.eval_wikitext:
-            find_corpus("--eval_data", self.eval_data)
         self._check_folders()
-        locate(self.model, self.cache_dir)
+        self.check_shared()
 
     def _check_combinations(self) -> None:
         if self.distill is not None and self.teacher is None:
@@ -118,8 +118,6 @@ class FinetuneConfig(Flags):
             for name in ("rank", "alpha", "lora_targets", "keep_adapter"):
                 if getattr(self, name) != getattr(type(self), name):
                     raise RunError(f"--{name}: is of --method lora, and this is --method {self.method}")
-        if self.eval_zero_shot:
-            self.check_named("tasks")
         if self.keep_adapter and self.save_dtype != "auto":
             raise RunError("--save_dtype: is of a checkpoint, and --keep_adapter saves none")
 

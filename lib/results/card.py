@@ -1,9 +1,10 @@
 """The model card of a pruned checkpoint: README.md, whose metadata block the hub reads."""
 
+import itertools
 import json
 import re
 import shlex
-from dataclasses import Field, fields
+from dataclasses import Field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -206,8 +207,9 @@ def _settings(config: Flags) -> str:
 
 def _deciding(config: Flags) -> list[tuple[Field, object]]:
     """The fields that decided the run's result, with their values; of switches only those that were turned."""
-    unread, deciding = config.unread(), config.result_flags()
-    values = [(item, getattr(config, item.name)) for item in fields(config) if item.name in deciding]
+    unread, result_flags = config.unread(), config.result_flags()
+    items = itertools.chain.from_iterable(config.groups().values())
+    values = [(item, getattr(config, item.name)) for item in items if item.name in result_flags]
     return [
         (item, value)
         for item, value in values

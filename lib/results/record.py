@@ -10,7 +10,7 @@ from .run import append_result, build_record, write_run
 
 
 class PruningRecord:
-    """What is known of a run once its model is pruned; the two evaluations are set when they are done.
+    """What is known of a run once its model is pruned, or planned to be; evaluations are set when they are done.
 
     `model` is that of run.json; layers, searches and zero_shot are as `build_record` takes them.
     """
@@ -46,9 +46,11 @@ class PruningRecord:
         """Write everything that the run leaves behind; the contents of run.json."""
         final = self.build()
         folder = write_run(self._config, final)
-        append_result(self._config, final)
         if self._config.plot:
             write_report(folder, final, scores, esds)
+        if self._config.plan_only:
+            return final
+        append_result(self._config, final)
         if self._config.save_model:
             describe_checkpoint(self._config, final)
         return final

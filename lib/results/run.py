@@ -40,8 +40,9 @@ def prepare(config: RunConfig) -> None:
         check_folder("--cache_dir", Path(config.cache_dir))
     if config.stream:
         check_folder("--save", run_folder(config))
+    if config.stream and not config.plan_only:
         check_folder("--save_model", Path(config.save_model).resolve().parent)
-    if config.save_model is not None:
+    if config.save_model is not None and not config.plan_only:
         others = {"--save": config.save, "--WW_metric_cache": config.ww_metric_cache, "--cache_dir": config.cache_dir}
         check_checkpoint_folder(config.save_model, others)
 
@@ -72,12 +73,14 @@ def activation_store(config: RunConfig) -> Store | None:
     return Store(run_folder(config), limit)
 
 
-def layer_records(model: LanguageModel, scores: dict, targets: dict, reached: dict) -> list[dict]:
-    """The `layers` of run.json, from the score (where there is one), target and share of zeros of each matrix."""
+def layer_records(model: LanguageModel, scores: dict, targets: dict, reached: dict | None = None) -> list[dict]:
+    """The `layers` of run.json, from the score (where there is one), target and share of zeros of each matrix, which a
+    plan has not reached.
+    """
     return [
         {
             "name": matrix.name, "block": matrix.block, "shape": list(matrix.shape), "score": scores.get(matrix.name),
-            "target_sparsity": targets[matrix.name], "sparsity": reached[matrix.name],
+            "target_sparsity": targets[matrix.name], "sparsity": reached and reached[matrix.name],
         }
         for matrix in model.matrices
     ]  # fmt: skip
@@ -123,17 +126,19 @@ def by_block(layers: list[dict]) -> dict[int, list[dict]]:
 
 
 def _sparsity(config: RunConfig, layers: list[dict]) -> dict:
+    """Of all prunable weights and of each block's; of a plan its targets, and `achieved` is None."""
+    target, key = config.sparsity, "target_sparsity" if config.plan_only else "sparsity"
     return {
-        "target": config.sparsity,
-        "achieved": overall_sparsity(layers),
-        "blocks": [overall_sparsity(block) for block in by_block(layers).values()],
+        "target": overall_sparsity(layers, "target_sparsity") if target is None else target,
+        "achieved": None if config.plan_only else overall_sparsity(layers),
+        "blocks": [overall_sparsity(block, key) for block in by_block(layers).values()],
     }
 
 
-def overall_sparsity(layers: list[dict]) -> float:
-    """The share of zeros over all layers of run.json, weighted by size."""
+def overall_sparsity(layers: list[dict], key: str = "sparsity") -> float:
+    """Of all the weights in the layers of run.json."""
     sizes = [math.prod(layer["shape"]) for layer in layers]
-    return sum(layer["sparsity"] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    return sum(layer[key] * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
 
 
 def peak_memory() -> dict[str, int]:
@@ -181,7 +186,7 @@ def write_run(config: RunConfig, record: dict) -> Path:
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "layers.csv", _layers_table(record["layers"]))
     if record["perplexity"]:
-        name = f"perplexity_{config.prune_method}_sparsity_{config.sparsity:g}.txt"
+        name = f"perplexity_{config.prune_method}_sparsity_{record['sparsity']['target']:g}.txt"
         achieved, pruned = record["sparsity"]["achieved"], record["perplexity"]["pruned"]
         header = "method\tactual_sparsity\tppl_test\n"
         write_text(folder / name, f"{header}{config.prune_method}\t{achieved:.4f}\t{pruned:.4f}\n")
@@ -213,7 +218,7 @@ def append_result(config: RunConfig, record: dict) -> None:
     accuracy = record["zero_shot"]["mean"] if record["zero_shot"] else {}
     allocated = [*config.ww_metric, config.epsilon, config.mapping_type]
     values = (
-        record["run"], config.model, config.prune_method, config.sparsity_type, config.sparsity,
+        record["run"], config.model, config.prune_method, config.sparsity_type, record["sparsity"]["target"],
         f"{record['sparsity']['achieved']:.6f}", *(allocated if config.scored else ["", "", ""]), config.seed,
         *map(perplexity.get, ("dataset", "seqlen", "windows", "dense", "pruned")), f"{record['seconds']['total']:.1f}",
         *map(accuracy.get, ("dense", "pruned")),
@@ -228,7 +233,7 @@ def summary(record: dict) -> str:
     lines = _analysis_lines(record) if config["analyze_only"] else _pruning_lines(record)
     pictures = ", report.html with its pictures" if config["plot"] else ""
     lines += ["", f"Results: {folder}/ (run.json, layers.csv{pictures})"]
-    if config["save_model"]:
+    if config["save_model"] and not config["plan_only"]:
         lines.append(f"Pruned model: {config['save_model']}/")
     if record["model"].get("stays_dense"):
         lines += ["", record["model"]["stays_dense"]]
@@ -237,14 +242,15 @@ def summary(record: dict) -> str:
 
 def _pruning_lines(record: dict) -> list[str]:
     model, sparsity, perplexity = record["model"], record["sparsity"], record["perplexity"]
-    method, blocks = record["config"]["prune_method"], sparsity["blocks"]
+    method, blocks, planned = record["config"]["prune_method"], sparsity["blocks"], record["config"]["plan_only"]
+    share = sparsity["target"] if planned else sparsity["achieved"]
     lines = [
         "",
-        f"{method} on {model['id']}: {sparsity['achieved']:.2%} of {model['prunable_parameters']:,} "
-        f"prunable weights removed ({model['coverage']:.1%} of the model is prunable)",
+        f"{method} on {model['id']}: {share:.2%} of {model['prunable_parameters']:,} prunable weights "
+        f"{'to be removed, none is yet' if planned else 'removed'} ({model['coverage']:.1%} of the model is prunable)",
         "",
-        f"{'':28}{'dense':>10}{'pruned':>10}",
-        f"{'share of zeros':28}{'':>10}{sparsity['achieved']:>10.4f}",
+        f"{'':28}{'dense':>10}{'planned' if planned else 'pruned':>10}",
+        f"{'share of zeros':28}{'':>10}{share:>10.4f}",
         f"{'  least pruned block':28}{'':>10}{min(blocks):>10.4f}",
         f"{'  most pruned block':28}{'':>10}{max(blocks):>10.4f}",
     ]
