@@ -178,6 +178,24 @@ def test_runs_are_told_apart_by_what_the_file_holds(settings, tmp_path):
     assert name("a.json", 0.5) == name("b.json", 0.5) != name("a.json", 0.6)
 
 
+def test_a_streamed_run_goes_on_once_its_record_is_written(settings, tmp_path, monkeypatch):
+    """The record has the file's path, where the journal's header has what the file holds."""
+    (tmp_path / "half.json").write_text('{"*": 0.5}')
+    file = {"prune_method": "wanda_file", "sparsities": str(tmp_path / "half.json")}
+    config = RunConfig(**settings, **file, stream=True, save_model=str(tmp_path / "pruned"))
+
+    def stop(_journal):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.Journal, "close", stop)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(config)
+    assert main.run(config)["sparsity"]["achieved"] == pytest.approx(0.5, abs=1e-3)
+    (tmp_path / "half.json").write_text('{"*": 0.25}')
+    assert RunConfig(**settings, **file).run_name != config.run_name
+
+
 def test_what_is_chosen_for_a_file_is_chosen_with_it(settings, tmp_path):
     (tmp_path / "some.json").write_text('{"*": 0.25, "2": 0.75}')
     config = RunConfig(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import safe_open
@@ -42,9 +43,10 @@ class Resumable:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{flag} {folder}: {path.name} is not a run's header; --restart begins anew") from error
         own = json.loads(json.dumps(self._header["config"]))
-        changed = [name for name in own | config if config.get(name) != own.get(name)]
+        given = json.loads(json.dumps(asdict(self._config)))  # which the record of a finished run has
+        changed = [name for name, value in own.items() if config.get(name) not in (value, given[name])]
         if changed:
-            was, now = config.get(changed[0]), own.get(changed[0])
+            was, now = config.get(changed[0]), own[changed[0]]
             what = f"--{changed[0]} was {was} and is {now}"
         elif digest != self._header["model"]["digest"]:
             what = f"--model {self._config.model} had other weights"
