@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,10 @@ SEED = 0  # of the order of the steps
 class Recipe:
     """The training schedule: `windows` a step over all ranks; Adam's learning rate rises over `warmup_steps`, at most a
     quarter of all, and decays along a cosine to `min_lr_ratio` times its peak.
+
+    `learning_rate`, the peak, is relative to the root mean square of each matrix's surviving weights (the relative step
+    size of Adafactor, Shazeer and Stern 2018, arXiv 1804.04235): one rate then serves models whose weights differ in
+    size, of which a factor of ten is common.
     """
 
     epochs: int
@@ -75,7 +78,8 @@ def train(
     generator = torch.Generator().manual_seed(SEED)
     with _trainable(weights, frozen, loss) as passes:
         masks = [weight != 0 for weight in weights]
-        groups = [{"params": list(group)} for _, group in groupby(weights, key=lambda weight: weight.device)]
+        peaks = [recipe.learning_rate * size for size in _sizes(weights)]
+        groups = [{"params": [weight]} for weight in weights]
         adam = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
         losses: list[Tensor] = []
@@ -89,8 +93,9 @@ def train(
                 for weight, mask in zip(weights, masks, strict=True):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
                     ranks.all_reduce(weight.grad)
-                for group in adam.param_groups:
-                    group["lr"] = recipe.learning_rate * recipe.lr_factor(epoch * len(of_step) + place, steps)
+                factor = recipe.lr_factor(epoch * len(of_step) + place, steps)
+                for group, peak in zip(adam.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
                 adam.step()
                 adam.zero_grad()
     of_epochs = torch.stack(losses).double().view(recipe.epochs, -1).sum(1).cpu()
@@ -99,6 +104,12 @@ def train(
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
     return of_epochs.tolist()
+
+
+def _sizes(weights: list[nn.Parameter]) -> list[float]:
+    """Of each the root mean square of the weights that are not zero."""
+    found = [weight.norm() / weight.count_nonzero().clamp(min=1).sqrt() for weight in (w.detach() for w in weights)]
+    return torch.stack([size.to(found[0].device) for size in found]).tolist()
 
 
 def batches_of_steps(windows: int, batch_size: int, step: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from lib.load import load_model
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, learning_rate=3e-3))
+    monkeypatch.setattr(distillation, "RECIPE", dataclasses.replace(distillation.RECIPE, learning_rate=0.1))
 
 
 def pruned(model: LanguageModel, group: int | None = None) -> LanguageModel:
@@ -95,7 +95,12 @@ def test_training_is_that_of_a_reference(monkeypatch):
     means = distil(model, targets, batch_size=3)
 
     weights = [layer.inner[index].weight.requires_grad_(True) for layer in reference.model.layers for index in (0, 2)]
-    kept, adam = [weight != 0 for weight in weights], torch.optim.Adam(weights, eps=1e-8)
+    kept = [weight != 0 for weight in weights]
+    peaks = [
+        recipe.learning_rate * weight[mask].square().mean().sqrt().item()
+        for weight, mask in zip(weights, kept, strict=True)
+    ]
+    adam = torch.optim.Adam([{"params": [weight]} for weight in weights], eps=1e-8)
     total = 0.0
     for place, step in enumerate(torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()):
         part = slice(2 * step, 2 * step + 2)
@@ -106,7 +111,8 @@ def test_training_is_that_of_a_reference(monkeypatch):
         total += float(loss.detach())
         for weight, mask in zip(weights, kept, strict=True):
             weight.grad *= mask
-        adam.param_groups[0]["lr"] = recipe.learning_rate * recipe.lr_factor(place, 4)
+        for group, peak in zip(adam.param_groups, peaks, strict=True):
+            group["lr"] = peak * recipe.lr_factor(place, 4)
         adam.step()
     assert means == [pytest.approx(total / tokens.numel(), rel=1e-4)]
     found = [layer.inner[index].weight for layer in hf.model.layers for index in (0, 2)]
@@ -134,7 +140,7 @@ def test_the_model_comes_closer_and_the_rest_stays(architecture, dtype):
 
     before = divergence()
     distil(model, targets, batch_size=2)
-    assert divergence() < 0.9 * before
+    assert divergence() < 0.96 * before
     assert all(torch.equal(matrix.weight == 0, mask) for matrix, mask in zeros.items())
     now = dict(model.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in others.items())

@@ -286,7 +286,7 @@ WAITS = {
     "sparsegpt 2:4": (2, 17, 3, 3, 0),
     "alps 2:4": (2, 9, 4, 3, 0),
     "sparsegpt asymmetry": (2, 35, 3, 3, 0),
-    "wanda recovery": (2, 9, 4, 3, 1),
+    "wanda recovery": (2, 10, 4, 3, 1),
     "owl": (2, 4, 1, 3, 0),
     "dlp": (2, 4, 1, 3, 0),
     "lsa": (2, 4, 1, 3, 0),

@@ -12,7 +12,7 @@ from lib.activations import Activations
 from lib.sequential import prune_model, walk
 from lib.training import Recipe
 
-FAST = Recipe(epochs=4, windows=4, learning_rate=3e-3, min_lr_ratio=0.2)
+FAST = Recipe(epochs=4, windows=4, learning_rate=0.1, min_lr_ratio=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def adam_by_hand(weight, gradient_of, rates, kept):
 def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
     """y = W x towards V x for 6 windows in steps of 4 and 2, whose order is the generator's; two epochs."""
     monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
-    monkeypatch.setattr(recovery, "RECIPE", Recipe(epochs=2, windows=4, learning_rate=1e-2, min_lr_ratio=0.2))
+    monkeypatch.setattr(recovery, "RECIPE", Recipe(epochs=2, windows=4, learning_rate=0.4, min_lr_ratio=0.2))
     model = LanguageModel(tiny_model("llama"))
     matrix, generator = model.matrices[0], torch.Generator().manual_seed(3)
     matrix.write(PRUNERS["magnitude"].prune(matrix.weight, None, 0.5, Pattern()))
@@ -81,7 +81,8 @@ def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
         errors.append(float(residual.square().sum()))
         return 2 * residual.T @ inputs / float(y.square().mean())
 
-    rates = [1e-2 * (0.2 + 0.8 * (1 + torch.cos(torch.tensor(torch.pi * k / 4)).item()) / 2) for k in range(4)]
+    peak = 0.4 * weight[kept].double().square().mean().sqrt().item()  # relative to the surviving weights
+    rates = [peak * (0.2 + 0.8 * (1 + torch.cos(torch.tensor(torch.pi * k / 4)).item()) / 2) for k in range(4)]
     expected = adam_by_hand(weight, gradient, rates, kept)
     wanted = Activations(model.device, 3, None)
     for batch in range(3):
@@ -96,7 +97,7 @@ def test_a_linear_map_is_trained_as_by_hand(monkeypatch):
 def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
     """Two blocks of a toy by autograd in float64: the second starts from what the first one's training has left."""
     monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
-    recipe = Recipe(epochs=3, windows=4, learning_rate=1e-2, min_lr_ratio=0.5)
+    recipe = Recipe(epochs=3, windows=4, learning_rate=0.1, min_lr_ratio=0.5)
     monkeypatch.setattr(recovery, "RECIPE", recipe)
     hf, tokens = Toy([Block(), Block()]), tiny_tokens(8, 10)
     reference, model = copy.deepcopy(hf).double(), LanguageModel(hf)
@@ -112,7 +113,9 @@ def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
                 smallest = weight.abs().flatten().argsort()[: weight.numel() // 2]
                 weight.view(-1)[smallest] = 0
         kept = [weight != 0 for weight in weights]
-        adam, order = torch.optim.Adam(weights, lr=recipe.learning_rate, eps=1e-10), torch.Generator().manual_seed(0)
+        peaks = [recipe.learning_rate * weight[weight != 0].square().mean().sqrt().item() for weight in weights]
+        adam = torch.optim.Adam([{"params": [weight]} for weight in weights], eps=1e-10)
+        order = torch.Generator().manual_seed(0)
         for epoch in range(3):
             for place, step in enumerate(torch.randperm(2, generator=order).tolist()):
                 part = slice(4 * step, 4 * step + 4)
@@ -120,7 +123,8 @@ def test_a_block_is_trained_towards_the_dense_model(monkeypatch):
                 (block(student[part]) - dense[part]).square().sum().backward()
                 for weight, mask in zip(weights, kept, strict=True):
                     weight.grad *= mask
-                adam.param_groups[0]["lr"] = recipe.learning_rate * recipe.lr_factor(2 * epoch + place, 6)
+                for group, peak in zip(adam.param_groups, peaks, strict=True):
+                    group["lr"] = peak * recipe.lr_factor(2 * epoch + place, 6)
                 adam.step()
         with torch.no_grad():
             student = block(student)
