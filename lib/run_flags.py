@@ -79,8 +79,8 @@ class RunFlags(SharedFlags):
         shown="one a model under --cache_dir",
     )  # fmt: skip
     mapping_type: str = flag(
-        "block_wise", "where sparsities may differ: one a block; layer_wise: one a matrix; mixed: the block's mean, "
-        "spread inside by matrix", group="method", choices=lambda: list(MAPPINGS),
+        "block_wise", "where sparsities may differ: block_wise: one a block; layer_wise: one a matrix; mixed: the "
+        "block's mean, spread inside by matrix", group="method", choices=lambda: list(MAPPINGS),
     )  # fmt: skip
     asymmetry: float | str = flag(
         0.0, "parameter of sparsegpt and alps: aim every matrix this part of the way from its own output on the pruned "

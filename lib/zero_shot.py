@@ -298,6 +298,8 @@ def _reason(error: Exception, failed: list[BaseException], data_set: object) -> 
     for one in [*reversed(failed), error]:
         if isinstance(data_set, str) and (said := explain_hub_error(one, data_set, "task")):
             return "; ".join(filter(None, said))
+    if isinstance(error, StopIteration):  # of the first document
+        return "its data hold no documents"
     kind = "" if isinstance(error, (OSError, ImportError, RuntimeError, ValueError)) else f"{type(error).__name__}: "
     return f"{kind}{reason_of(error)}"
 

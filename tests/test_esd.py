@@ -66,7 +66,7 @@ def test_metrics_against_the_naive_search(matrix):
         "alpha": min(fits.values(), key=lambda fit: fit[1])[0],
     }
     for name, value in expected.items():
-        assert METRICS[name].score(spectrum) == pytest.approx(value, rel=1e-9), name
+        assert METRICS[name].at({}).score(spectrum) == pytest.approx(value, rel=1e-9), name
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])
@@ -133,7 +133,7 @@ def watched(real_matrices):
 )  # fmt: skip
 def test_weightwatcher_agrees(name, real_matrices, watched):
     for weight, expected in zip(real_matrices, watched[name], strict=True):
-        assert METRICS[name].score(Spectrum(weight)) == pytest.approx(expected, rel=1e-3)
+        assert METRICS[name].at({}).score(Spectrum(weight)) == pytest.approx(expected, rel=1e-3)
 
 
 @needs_model
@@ -187,7 +187,7 @@ def test_zero_eigenvalues_are_left_out():
     padded[:30, :50] = weight
     torch.testing.assert_close(Spectrum(padded).eigenvalues, Spectrum(weight).eigenvalues)
     for name in set(METRICS) - {"mp_softrank", "random_distance", "farms"}:  # these look at the shape as well
-        padded_score, score = METRICS[name].score(Spectrum(padded)), METRICS[name].score(Spectrum(weight))
+        padded_score, score = METRICS[name].at({}).score(Spectrum(padded)), METRICS[name].at({}).score(Spectrum(weight))
         assert padded_score == pytest.approx(score, rel=1e-9), name
 
 
@@ -205,14 +205,14 @@ DEGENERATE = {
 @pytest.mark.parametrize("kind", DEGENERATE)
 def test_a_degenerate_matrix_has_a_finite_value_or_a_named_error(name, kind):
     with contextlib.suppress(DegenerateSpectrumError):
-        assert math.isfinite(METRICS[name].score(Spectrum(DEGENERATE[kind])))
+        assert math.isfinite(METRICS[name].at({}).score(Spectrum(DEGENERATE[kind])))
 
 
 @pytest.mark.parametrize("name", ["alpha_peak", "alpha_mid", "alpha_peak_window", "alpha", "alpha_weighted", "farms"])
 @pytest.mark.parametrize("kind", ["zero", "rank one", "constant", "orthogonal"])
 def test_no_power_law_without_a_tail(name, kind):
     with pytest.raises(DegenerateSpectrumError):
-        METRICS[name].score(Spectrum(DEGENERATE[kind]))
+        METRICS[name].at({}).score(Spectrum(DEGENERATE[kind]))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_no_power_law_without_a_tail(name, kind):
     ],
 )  # fmt: skip
 def test_values_worked_by_hand(name, kind, expected):
-    assert METRICS[name].score(Spectrum(DEGENERATE[kind])) == pytest.approx(expected, rel=1e-9)
+    assert METRICS[name].at({}).score(Spectrum(DEGENERATE[kind])) == pytest.approx(expected, rel=1e-9)
 
 
 def test_signs_follow_what_noise_looks_like():

@@ -15,6 +15,7 @@ from .base import Problem, allocation
 from .budget import S_MAX, S_MIN
 
 COLUMNS = ("target_sparsity", "sparsity")  # of a table with a header, the first that it has
+APART = 0.01  # what a table's two columns may differ by: the second is what pruning came to
 ROUNDING = 1e-3  # between --sparsity_ratio and the file's mean
 
 
@@ -32,7 +33,7 @@ class Entries:
 def read_entries(path: str) -> Entries:
     """The entries of a .json object or a .csv table, such as a run's layers.csv, which the run's folder stands for.
 
-    Raises RunError for a file that is neither, a name that stands there twice, and a sparsity out of bounds.
+    Raises RunError for a file that is neither, a name that is given twice, and a sparsity out of bounds.
     """
     file = Path(path) / "layers.csv" if Path(path).is_dir() else Path(path)
     read = {".json": _of_json, ".csv": _of_csv}.get(file.suffix)
@@ -48,7 +49,7 @@ def read_entries(path: str) -> Entries:
     known: dict[str, float] = {}
     for key, value in found:
         if key in known:
-            raise refused(f"'{key}' stands there twice")
+            raise refused(f"'{key}' is given twice")
         known[key] = _sparsity(key, value, refused)
     if not known:
         raise refused("holds no sparsity")
@@ -56,7 +57,7 @@ def read_entries(path: str) -> Entries:
 
 
 def _of_json(text: str, refused: Callable) -> list[tuple[str, object]]:
-    pairs = json.loads(text, object_pairs_hook=list)  # a name that stands there twice is seen
+    pairs = json.loads(text, object_pairs_hook=list)  # a name that is given twice is seen
     if not text.lstrip().startswith("{"):
         raise refused("is no JSON object of names and sparsities")
     return pairs
@@ -73,9 +74,27 @@ def _of_csv(text: str, refused: Callable) -> list[tuple[str, object]]:
         places, rows = (header.index("name"), column), rows[1:]
     else:
         places = (0, 1)
+        if surplus := next((row for row in rows if len(row) > 2), None):
+            raise refused(f"has a row of {len(surplus)} cells and no header with a column name: {', '.join(surplus)}")
     if short := next((row for row in rows if len(row) <= max(places)), None):
         raise refused(f"has a row without a sparsity: {', '.join(short)}")
+    if set(COLUMNS) <= set(header):
+        _check_columns(rows, header, refused)
     return [(row[places[0]].strip(), row[places[1]].strip()) for row in rows]
+
+
+def _check_columns(rows: list[list[str]], header: list[str], refused: Callable) -> None:
+    """Raises RunError where one of a table's two sparsities was changed and not the other."""
+    for row in rows:
+        if len(row) < len(header):
+            continue
+        name, *values = (row[header.index(column)].strip() for column in ("name", *COLUMNS))
+        numbers = [_sparsity(name, value, refused) for value in values if value]
+        if len(numbers) == 2 and abs(numbers[0] - numbers[1]) > APART:
+            raise refused(
+                f"'{name}' has {COLUMNS[0]} {numbers[0]:g}, which is read, and {COLUMNS[1]} {numbers[1]:g}; leave one "
+                "of the columns out"
+            )
 
 
 def _sparsity(key: str, value: object, refused: Callable) -> float:
@@ -93,7 +112,7 @@ def _sparsity(key: str, value: object, refused: Callable) -> float:
 SPARSITIES = Option(
     "sparsities", None, "the sparsities of *_file: a .json object or a .csv table of matrix name, pattern of names "
     "(such as *.down_proj) or block number, and sparsity; of entries for one matrix the last counts; layers.csv of an "
-    "earlier run is such a file", read=read_entries,
+    "earlier run is such a file, of which target_sparsity is read", read=read_entries,
 )  # fmt: skip
 
 
@@ -108,7 +127,7 @@ def file(problem: Problem) -> dict[str, float]:
         deciding |= dict.fromkeys(covered[key], key)
     for key in covered.keys() - set(deciding.values()):
         later = deciding[covered[key][0]]
-        raise entries.error(f"'{key}' decides nothing, since '{later}' after it covers the same; put it last")
+        raise entries.error(f"'{key}' is overridden by '{later}' after it; leave it out, or put it later")
     if missing := [name for name in problem.sizes if name not in deciding]:
         raise entries.error(f"says nothing of {len(missing)} of {len(problem.sizes)} matrices, such as {missing[0]}")
     found = {name: given[deciding[name]] for name in problem.sizes}
