@@ -7,7 +7,7 @@ from .base import Problem, allocation, by_mapping
 from .budget import fit_budget
 
 EPSILON = Option(
-    "epsilon", 0.2, "parameter of *_ww: blocks' pruning ratios run from 1 - epsilon to 1 + epsilon, and are then scaled "
+    "epsilon", 0.2, "parameter of *_ww: blocks' pruning ratios run from 1 - epsilon to 1 + epsilon, then scaled "
     "to the budget, in [0, 1]; or auto: chosen by the loss on windows held out", within=(0, 1), auto=multiples(0.2),
     label="eps",
 )  # fmt: skip
