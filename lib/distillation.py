@@ -55,9 +55,10 @@ def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1)
     distribution by less than a thousandth of a nat (docs/log.md).
     """
     shard, found = ranks.shard(windows), []
-    exact = model.model.dtype != torch.float32
-    mixed = nullcontext if exact else partial(mixed_precision, torch.float32, model.device.type)
-    passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
+    passes = nullcontext
+    if model.model.dtype == torch.float32:
+        mixed = partial(mixed_precision, torch.float32, model.device.type)
+        passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
     with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
         for tokens, hidden in last_hidden_states(model, shard, batch_size):
             parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
