@@ -34,7 +34,7 @@ class HarnessModel(HFLM):
     every text, in place of what the tokenizer puts there. A streamed model is passed over once for all requests, or as
     often as their hidden states need to fit into `store`. The requests are shared by the ranks, and every rank has all
     answers. `cut` counts requests that were longer than the model's window and lost their beginning, as the harness
-    does it.
+    does it; `failed` says of each task that has a request which cannot be scored why, and its other answers say nothing.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class HarnessModel(HFLM):
     ):  # fmt: skip
         self._language_model, self._batch, self._bos = model, batch, bos
         self._store, self._what, self.cut = store, what, 0
+        self.failed: dict[str, str] = {}
+        self._owners: list[str] = []  # the task of each request that is scored at the moment
         # Without the model itself, whose ties and tokenizer HFLM would set anew.
         inner = SimpleNamespace(
             device=model.device, config=model.model.config, generate=getattr(model.model, "generate", None)
@@ -63,16 +65,18 @@ class HarnessModel(HFLM):
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[Answer]:
         """Of each request's continuation after its context."""
+        self._owners = [request.task_name for request in requests]
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
         """Of each request's whole text, in windows that have no token in common."""
-        windows, owners = [], []
+        windows, owners, self._owners = [], [], []
         for number, request in enumerate(requests):
             cut = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             windows += [(None, *make_disjoint_window(window)) for window in cut]
+            self._owners += [request.task_name] * (len(windows) - len(owners))
             owners += [number] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
@@ -96,10 +100,16 @@ class HarnessModel(HFLM):
 
     def _loglikelihood_tokens(self, requests: list[Request], **_options) -> list[Answer]:
         """Every rank's answers to its share, on every rank."""
-        self._check(requests)
+        owned = list(zip(self._owners or [""] * len(requests), requests, strict=True))
+        for owner, request in owned:
+            if owner not in self.failed and (reason := self._unfit(request)):
+                self.failed[owner] = reason
         rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and the requests that it answers
-        for number, request in enumerate(requests):
-            rows.setdefault(tuple(_read(request)), []).append(number)
+        for number, (owner, request) in enumerate(owned):
+            if owner not in self.failed:
+                read = tuple(_read(request))
+                rows.setdefault(read, []).append(number)
+                self.cut += len(read) > self.max_length
         owners = ranks.balance([len(read) for read in rows])
         share = [row for row, owner in zip(rows.items(), owners, strict=True) if owner == ranks.rank()]
         found: dict[int, Answer] = {}
@@ -107,22 +117,18 @@ class HarnessModel(HFLM):
             found |= part
         if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
-        return [found[number] for number in range(len(requests))]
+        return [found.get(number, (0.0, False)) for number in range(len(requests))]
 
-    def _check(self, requests: list[Request]) -> None:
-        for texts, context, continuation in requests:
-            if context == [None]:
-                raise RunError(
-                    f"{self._what}: a text has nothing before it, and the model's tokenizer no BOS and no EOS"
-                )
-            if not (context and continuation):
-                raise RunError(f"{self._what}: the model's tokenizer gives no token for a part of {texts!r}")
-            if len(continuation) > self.max_length:
-                raise RunError(
-                    f"{self._what}: a continuation of {len(continuation)} tokens is longer than the model's window "
-                    f"of {self.max_length}"
-                )
-        self.cut += sum(len(_read(request)) > self.max_length for request in requests)
+    def _unfit(self, request: Request) -> str | None:
+        """Why a request cannot be scored, if it cannot."""
+        texts, context, continuation = request
+        if context == [None]:
+            return "a text has nothing before it, and the model's tokenizer no BOS and no EOS"
+        if not (context and continuation):
+            return f"the model's tokenizer gives no token for a part of {texts!r}"
+        if len(continuation) > self.max_length:
+            return f"a continuation of {len(continuation)} tokens is longer than the model's window of {self.max_length}"
+        return None
 
     def _answers(self, rows: list[Row], requests: list[Request]) -> Iterator[tuple[int, Answer]]:
         """The number and the answer of each request that the rows answer."""

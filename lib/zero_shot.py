@@ -52,6 +52,14 @@ class Tasks:
     def names(self) -> list[str]:
         return list(self.loaded["tasks"])
 
+    def leave_out(self, name: str, why: str) -> None:
+        """Drop a task, and the groups that it is a part of."""
+        self.missing[name] = why
+        del self.loaded["tasks"][name]
+        for key, group in list(self.loaded["groups"].items()):
+            if name in [task.task_name for task in group.get_all_tasks()]:
+                del self.loaded["groups"][key]
+
 
 def load(
     given: Sequence[str],
@@ -116,7 +124,8 @@ def evaluate(
     what: str = "zero-shot",
 ) -> dict:
     """{"tasks": {name: {metric: value}}, "groups": likewise, "documents": {name: {"effective": evaluated, "original":
-    of so many}}, "cut": requests that are longer than the model's window, and lost their beginning}.
+    of so many}}, "cut": requests that are longer than the model's window, and lost their beginning}. A task with a
+    request that cannot be scored has no result; `tasks.missing` says why.
 
     Metrics have the harness's names, and beside each lies <metric>_stderr (None where there is none). batch(length) is
     how many requests of so many tokens one batch takes. On every rank the same.
@@ -132,6 +141,9 @@ def evaluate(
         found = evaluate_tasks(lm=seen, task_dict=tasks.loaded, limit=tasks.limit, log_samples=False)
     if seen.cut:
         log.warning("%s: %d requests are longer than the model's window and lose their beginning", what, seen.cut)
+    for name, why in seen.failed.items():
+        log.warning("--tasks %s: left out, %s", name, why)
+        tasks.leave_out(name, why)
     results = {name: _metrics(values) for name, values in found["results"].items()}
     return {
         "tasks": {name: results[name] for name in tasks.names},

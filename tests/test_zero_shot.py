@@ -447,5 +447,28 @@ def test_a_tokenizer_without_bos_and_eos(folder, tmp_path):
         HarnessModel(LanguageModel(hf, one), lambda length: 1).loglikelihood(requests) for one in (tokenizer, bare)
     ]
     assert found[0] == found[1]
-    with pytest.raises(RunError, match="no BOS and no EOS"):
-        HarnessModel(LanguageModel(hf, bare), lambda length: 1).loglikelihood_rolling(requests)
+    rolling = HarnessModel(LanguageModel(hf, bare), lambda length: 1)
+    rolling.loglikelihood_rolling(requests)
+    assert "no BOS and no EOS" in rolling.failed[requests[0].task_name]
+
+
+def test_a_task_with_an_answer_longer_than_the_window_is_left_out(own, folder, tmp_path):
+    """With the groups that it is a part of; the others have their results, and the run its record."""
+    rows = [json.loads(line) for line in (own / "data.jsonl").read_text().splitlines()]
+    rows[3]["answer"] = "zq7 " * 600
+    (own / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alone = (own / "mine.yaml").read_text()
+    long = alone.replace("data.jsonl", "long.jsonl").replace("task: mine", "task: long")
+    long = long.replace("doc_to_choice: [river, stone]", 'doc_to_choice: "{{[answer, question]}}"').replace(
+        'doc_to_target: "{{answer}}"', "doc_to_target: 0"
+    )
+    (own / "long.yaml").write_text(long)
+    group = "group: both\ntask: [mine, long]\naggregate_metric_list:\n  - metric: acc\n"
+    (tmp_path / "both.yaml").write_text(group)
+    expected = main.run(config_of(folder, tmp_path / "alone", tasks=(str(own / "mine.yaml"),), eval_dense=True))
+    expected = expected["zero_shot"]
+    tasks = (str(own), str(tmp_path / "both.yaml"))
+    record = main.run(config_of(folder, tmp_path, tasks=tasks, eval_dense=True))["zero_shot"]
+    assert "longer than the model's window of 512" in record["missing"]["long"]
+    assert "both" not in record["groups"] and "long" not in record["tasks"]
+    assert record["tasks"]["mine"] == expected["tasks"]["mine"]
