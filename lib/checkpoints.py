@@ -31,13 +31,13 @@ LFS = b"version https://git-lfs"
 INDICES = ("BOOL", "I64", "bool", "int64")  # what masks and positions are stored as, and weights never
 
 
-def read_index(path: Path, asked: str) -> tuple[dict, set[str]]:
-    """An index of weights, and the files that it names. Raises RunError, after what was `asked`, for what is none."""
+def read_index(path: Path, label: str) -> tuple[dict, set[str]]:
+    """An index of weights, and the files that it names. Raises RunError, after `label`, for what is none."""
     try:
         index = json.loads(path.read_text())
         return index, {os.fspath(file) for file in index["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{asked}: {path.name} is no index of weights: {error!r}") from error
+        raise RunError(f"{label}: {path.name} is no index of weights: {error!r}") from error
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def _add_flag(group, item: Field, declared) -> None:
     options = {"dest": item.name, "default": item.default, "help": item.metadata["help"].replace("%", "%%")}
     if declared is bool:
         options["action"] = argparse.BooleanOptionalAction if item.default else "store_true"
+        options["help"] += " (default: on)" if item.default else ""
     else:
         options["type"] = _reader(declared)
         options["metavar"] = item.name.rpartition("_")[2].upper()

@@ -113,7 +113,7 @@ class RunConfig(RunFlags):
             for option in entry.options:
                 value = getattr(self, option.name)
                 if option.read and value is None and method == self.allocation:
-                    raise RunError(f"--{option.name}: is missing; --prune_method {self.prune_method} is told by it")
+                    raise RunError(f"--{option.name}: is missing; --prune_method {self.prune_method} reads it")
                 if option.read and value is not None and method != self.allocation:
                     raise RunError(f"--{option.name} {value}: is for --prune_method {self.pruner}_{method}")
 
@@ -174,10 +174,16 @@ class RunConfig(RunFlags):
         return (self.recover_nsamples or RECOVERY_WINDOWS * self.nsamples) - self.nsamples if self.recovers else 0
 
     @property
+    def _plans_on_trial(self) -> bool:
+        """Whether sparsities are chosen by pruning on trial."""
+        chosen = AUTO in [getattr(self, option.name) for option in self._allocation.options]
+        return self._allocation.measured or chosen
+
+    @property
     def held_out(self) -> int:
         """Calibration windows beside --nsamples on which something is chosen: half as many, or none."""
-        auto = AUTO in [self.asymmetry, *(getattr(self, option.name) for option in self._allocation.options)]
-        return -(-self.nsamples // 2) if self._allocation.measured or auto else 0
+        asymmetry = self.asymmetry == AUTO and not self.plan_only
+        return -(-self.nsamples // 2) if self._plans_on_trial or asymmetry else 0
 
     @property
     def weighs_rows(self) -> bool:
@@ -236,7 +242,7 @@ class RunConfig(RunFlags):
             own |= {option.name for option in self._metric_options}
         unread = super().unread() | ({*options_of(*OPTIONED)} - own)
         if self.plan_only:
-            unread |= {*AFTER_PLAN, *(("use_variant", "asymmetry", "fisher") if not self.held_out else ())}
+            unread |= {*AFTER_PLAN, *(("use_variant", "asymmetry", "fisher") if not self._plans_on_trial else ())}
         if not self._allocation.granular:
             unread |= {"mapping_type"}
         if not self.scored and not self.plot:
@@ -271,23 +277,23 @@ class RunConfig(RunFlags):
         """Readable, and unique to what decides the result: the end is a digest of those flags."""
         if self.analyze_only:
             return "-".join(["analysis", Path(self.model).name, self.digest])
-        parts = ["plan"] if self.plan_only else []
+        parts, read = ["plan"] if self.plan_only else [], self.effective()
         parts += [self.prune_method, *([] if self.sparsity is None else [f"{self.sparsity:g}"])]
         if self.sparsity_type != "unstructured":
             parts.append(self.sparsity_type.replace(":", "of"))
         if self.scored:
-            parts += [*self.ww_metric, *(option.part(getattr(self, option.name)) for option in self._metric_options)]
+            parts += [*self.ww_metric, *(option.part(read[option.name]) for option in self._metric_options)]
         for option in (*self._allocation.options, *PRUNERS[self.pruner].options):
             if not option.read:
-                parts.append(option.part(getattr(self, option.name)))
-        if self.asymmetry:
-            parts.append(f"asymmetry{_readable(self.asymmetry)}")
-        if self.fisher:
-            parts.append(f"fisher{self.fisher:g}")
-        if "none" not in self.recover:
-            parts.append("_".join(["recover", *self.recover]))
-        if self.add_bos != "once":
-            parts.append(f"bos_{self.add_bos}")
+                parts.append(option.part(read[option.name]))
+        if read["asymmetry"]:
+            parts.append(f"asymmetry{_readable(read['asymmetry'])}")
+        if read["fisher"]:
+            parts.append(f"fisher{read['fisher']:g}")
+        if "none" not in read["recover"]:
+            parts.append("_".join(["recover", *read["recover"]]))
+        if read["add_bos"] != "once":
+            parts.append(f"bos_{read['add_bos']}")
         return "-".join([*parts, f"seed{self.seed}", self.digest])
 
 

@@ -69,22 +69,22 @@ def calibration_windows(
     places, with any other. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
     seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
-    asked, rng = f"--calib_data {name}", random.Random(seed)
+    label, rng = f"--calib_data {name}", random.Random(seed)
     corpus, prefix = find_corpus("--calib_data", name), _prefix(tokenizer, add_bos)
     width = seqlen - len(prefix)
-    with texts.read_errors(asked):
+    with texts.read_errors(label):
         rows = corpus.rows("calibration", cache_dir)
     if corpus.by_document:
 
         def encode(row: Row) -> Tensor:
-            return tokens.encode(tokenizer, _text(asked, tokenizer, row, add_bos), special=not len(prefix))
+            return tokens.encode(tokenizer, _text(label, tokenizer, row, add_bos), special=not len(prefix))
 
-        draw = functools.partial(_in_long_document, asked, rows, encode, width, rng)
+        draw = functools.partial(_in_long_document, label, rows, encode, width, rng)
     else:
-        text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
+        text = _joined(label, tokenizer, rows, corpus.calibration_join, add_bos)
         found = tokens.encode(tokenizer, text, special=not len(prefix))
         if len(found) <= width:
-            raise RunError(f"{asked}: has {len(found)} tokens, not more than one window of --seqlen {seqlen}")
+            raise RunError(f"{label}: has {len(found)} tokens, not more than one window of --seqlen {seqlen}")
 
         def draw() -> tuple[int, int, Tensor]:
             start = rng.randint(0, len(found) - width - 1)
@@ -101,7 +101,7 @@ def calibration_windows(
             drawn.append(window)
     else:
         raise RunError(
-            f"{asked}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
+            f"{label}: has no room for {held_out} windows apart from the {nsamples} of --nsamples, which "
             "the choice of an allocation needs; ask for fewer, or give more text"
         )
     reserved, overlapping = drawn[nsamples:], 0
@@ -117,7 +117,7 @@ def calibration_windows(
             overlapping += 1
         drawn.append(chosen)
     if overlapping:
-        log.warning("%s: is short: %d of the windows that recovery trains on overlap others", asked, overlapping)
+        log.warning("%s: is short: %d of the windows that recovery trains on overlap others", label, overlapping)
     return torch.stack([torch.cat([prefix, window]) for _, _, window in drawn])
 
 
@@ -136,18 +136,18 @@ def evaluation_windows(
     1100 documents, joined with a space, and at most 256 windows of them. `add_bos` as for `calibration_windows`. Raises
     RunError where there are fewer windows than asked for, or none.
     """
-    asked = f"--eval_data {name}"
+    label = f"--eval_data {name}"
     corpus, prefix = find_corpus("--eval_data", name), _prefix(tokenizer, add_bos)
     width = seqlen - len(prefix)
-    with texts.read_errors(asked):
+    with texts.read_errors(label):
         rows = corpus.rows("evaluation", cache_dir)
-    text = _joined(asked, tokenizer, rows, corpus.evaluation_join, add_bos)
+    text = _joined(label, tokenizer, rows, corpus.evaluation_join, add_bos)
     found = tokens.encode(tokenizer, text, special=not len(prefix))
     count = min(len(found) // width, corpus.evaluation_windows or len(found))
     if count == 0:
-        raise RunError(f"{asked}: has {len(found)} tokens, less than one window of --seqlen {seqlen}")
+        raise RunError(f"{label}: has {len(found)} tokens, less than one window of --seqlen {seqlen}")
     if limit is not None and limit > count:
-        raise RunError(f"--eval_windows {limit}: {asked} has only {count} windows of {seqlen} tokens")
+        raise RunError(f"--eval_windows {limit}: {label} has only {count} windows of {seqlen} tokens")
     windows = found[: count * width].view(count, width)[:limit]
     return torch.cat([prefix.expand(len(windows), -1), windows], dim=1)
 
@@ -173,18 +173,18 @@ def training_windows(
     others, is random by the seed. With `nsamples` None all windows are taken, at most `max_windows`. Raises RunError
     where there are fewer than asked for.
     """
-    asked, rng = f"--data {name}", random.Random(seed)
+    label, rng = f"--data {name}", random.Random(seed)
     corpus, prefix = find_corpus("--data", name), _prefix(tokenizer, add_bos)
     width, wanted = seqlen - len(prefix), held_out + (nsamples or max_windows)
-    with texts.read_errors(asked):
+    with texts.read_errors(label):
         rows = corpus.rows("training", cache_dir)
     if corpus.by_document:
         order = rng.sample(range(len(rows)), len(rows))
         documents = (
-            tokens.encode(tokenizer, _document(asked, tokenizer, rows, i, add_bos), not len(prefix)) for i in order
+            tokens.encode(tokenizer, _document(label, tokenizer, rows, i, add_bos), not len(prefix)) for i in order
         )
     else:
-        text = _joined(asked, tokenizer, rows, corpus.calibration_join, add_bos)
+        text = _joined(label, tokenizer, rows, corpus.calibration_join, add_bos)
         documents = iter([tokens.encode(tokenizer, text, special=not len(prefix))])
     windows, rest, shared = torch.empty(0, width, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 0
     known = None if exclude is None else _runs(exclude[:, len(prefix) :]).unique()
@@ -203,7 +203,7 @@ def training_windows(
     if len(windows) < least:
         also = f", beside {shared} that hold text of --eval_data" if shared else ""
         raise RunError(
-            f"{asked}: has {len(windows)} windows of {seqlen} tokens{also}, fewer than the {least} of --nsamples and "
+            f"{label}: has {len(windows)} windows of {seqlen} tokens{also}, fewer than the {least} of --nsamples and "
             "--validation_windows; ask for fewer, or lower --seqlen"
         )
     windows = windows[rng.sample(range(len(windows)), len(windows))][:wanted]
@@ -229,13 +229,13 @@ def find_corpus(flag: str, name: str) -> Corpus:
     if (bare and path.is_dir()) or texts.file_format(path):
         if not path.exists():
             raise RunError(f"{flag} {name}: no such file")
-        asked = f"{flag} {name}"
+        label = f"{flag} {name}"
         if name.startswith(SHARD):
             if texts.file_format(path) == ".txt":
-                raise RunError(f"{asked}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
-            return _c4(lambda split, _: (asked, path))
+                raise RunError(f"{label}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
+            return _c4(lambda split, _: (label, path))
         # A .txt is one row and so used verbatim, whatever would join it.
-        return Corpus(lambda split, _: texts.rows(asked, path, PARTS[split]))
+        return Corpus(lambda split, _: texts.rows(label, path, PARTS[split]))
     accepted = f"{', '.join(texts.SUFFIXES)} (all but parquet also with {' or '.join(texts.PACKED)})"
     if bare and path.exists():
         raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
@@ -258,32 +258,32 @@ def required_bos(tokenizer) -> int:
     return bos
 
 
-def _joined(asked: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str) -> str:
-    with texts.read_errors(asked):
+def _joined(label: str, tokenizer, rows: Sequence[Row], join: str, add_bos: str) -> str:
+    with texts.read_errors(label):
         rows = list(rows)
-    text = join.join(_text(asked, tokenizer, row, add_bos) for row in rows)
+    text = join.join(_text(label, tokenizer, row, add_bos) for row in rows)
     if not text:
-        raise RunError(f"{asked}: is empty")
+        raise RunError(f"{label}: is empty")
     return text
 
 
-def _document(asked: str, tokenizer, rows: Sequence[Row], number: int, add_bos: str) -> str:
-    with texts.read_errors(asked):
+def _document(label: str, tokenizer, rows: Sequence[Row], number: int, add_bos: str) -> str:
+    with texts.read_errors(label):
         row = rows[number]
-    return _text(asked, tokenizer, row, add_bos)
+    return _text(label, tokenizer, row, add_bos)
 
 
-def _text(asked: str, tokenizer, row: Row, add_bos: str) -> str:
+def _text(label: str, tokenizer, row: Row, add_bos: str) -> str:
     """A row as text, a conversation through the tokenizer's chat template."""
     if isinstance(row, str):
         return row
     if not getattr(tokenizer, "chat_template", None):
-        raise RunError(f"{asked}: holds conversations ('messages'), and the model's tokenizer has no chat template")
+        raise RunError(f"{label}: holds conversations ('messages'), and the model's tokenizer has no chat template")
     try:
         text = tokenizer.apply_chat_template(row, tokenize=False)
     except Exception as error:  # a template is a program of the model's own
         reason = reason_of(error)
-        raise RunError(f"{asked}: a row does not fit the tokenizer's chat template ({reason})") from error
+        raise RunError(f"{label}: a row does not fit the tokenizer's chat template ({reason})") from error
     # The template's own BOS would be a second one.
     begun = add_bos == "every" or tokens.prefix(tokenizer)
     return text.removeprefix(tokenizer.bos_token or "") if begun else text
@@ -344,20 +344,20 @@ def _pydoc_rows(split: str, cache_dir: str = "") -> list[str]:
 
 
 def _in_long_document(
-    asked: str, rows: Sequence[Row], encode: Callable[[Row], Tensor], width: int, rng: random.Random
+    label: str, rows: Sequence[Row], encode: Callable[[Row], Tensor], width: int, rng: random.Random
 ) -> tuple[int, int, Tensor]:
     """A random window: its document, where in it the window begins, and its tokens."""
     if not len(rows):
-        raise RunError(f"{asked}: is empty")
+        raise RunError(f"{label}: is empty")
     for _ in range(C4_MISSES):
         document = rng.randint(0, len(rows) - 1)
-        with texts.read_errors(asked):
+        with texts.read_errors(label):
             row = rows[document]
         found = encode(row)
         if len(found) > width:
             start = rng.randint(0, len(found) - width - 1)
             return document, start, found[start : start + width]
-    raise RunError(f"{asked}: none of {C4_MISSES} documents drawn is longer than {width} tokens; lower --seqlen")
+    raise RunError(f"{label}: none of {C4_MISSES} documents drawn is longer than {width} tokens; lower --seqlen")
 
 
 C4 = HubText(

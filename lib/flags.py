@@ -5,7 +5,7 @@ import json
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import Field, asdict, field, fields
+from dataclasses import Field, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
@@ -167,12 +167,17 @@ class Flags:
         """Whether a switch is on, and read by this run."""
         return getattr(self, switch) and switch not in self.unread()
 
+    def effective(self) -> dict:
+        """Each flag's value; of one that this run does not read, the default."""
+        unread = self.unread()
+        return {item.name: item.default if item.name in unread else getattr(self, item.name) for item in fields(self)}
+
     def result_flags(self) -> dict:
         """The flags that decide a run's result."""
         known = fields_of(self)
         flags = {
             name: value
-            for name, value in asdict(self).items()
+            for name, value in self.effective().items()
             if name not in self.apart and not (known[name].metadata.get("later") and value == known[name].default)
         }
         if Path(self.model).exists():

@@ -174,25 +174,25 @@ class _Back:
 
     def _take(self, batch: int, forward: Callable[[Given], list[tuple[Tensor, Tensor | None]]]) -> None:
         """The gradients of one batch from what `forward` returns, a gradient with each, to what it was given."""
-        asked: dict[Leaf, Tensor] = {}
+        leaves: dict[Leaf, Tensor] = {}
         handed: dict[Leaf, Tensor] = {}
 
         def given(leaf: Leaf, batch: int) -> Tensor | None:
             value = self._stream.given(leaf, batch)
             if value is None or leaf == ENTRY or not value.is_floating_point():
                 return value
-            if leaf not in asked:
-                asked[leaf] = value.detach().requires_grad_()
+            if leaf not in leaves:
+                leaves[leaf] = value.detach().requires_grad_()
                 # A view, as inside the whole graph: of a leaf autocast keeps one copy for all that read it, and adds up
                 # their gradients in its half precision.
-                handed[leaf] = asked[leaf].view_as(value)
+                handed[leaf] = leaves[leaf].view_as(value)
             return handed[leaf]
 
         with torch.enable_grad(), self._passes():
             pairs = [(value, gradient) for value, gradient in forward(given) if value.requires_grad]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
-        for leaf, value in asked.items():
+        for leaf, value in leaves.items():
             if value.grad is None:  # as of all but the last block's output, where the loss is computed
                 continue
             held = self._gradients.setdefault(leaf, self._stream.hidden.new_empty())

@@ -34,7 +34,7 @@ class HarnessModel(HFLM):
     every text, in place of what the tokenizer puts there. A streamed model is passed over once for all requests, or as
     often as their hidden states need to fit into `store`. The requests are shared by the ranks, and every rank has all
     answers. `cut` counts requests that were longer than the model's window and lost their beginning, as the harness
-    does it; `failed` says of each task that has a request which cannot be scored why, and its other answers say nothing.
+    does it. `failed` says of each task with a request that cannot be scored why; its answers mean nothing.
     """
 
     def __init__(
@@ -127,7 +127,8 @@ class HarnessModel(HFLM):
         if not (context and continuation):
             return f"the model's tokenizer gives no token for a part of {texts!r}"
         if len(continuation) > self.max_length:
-            return f"a continuation of {len(continuation)} tokens is longer than the model's window of {self.max_length}"
+            window = f"the model's window of {self.max_length}"
+            return f"a continuation of {len(continuation)} tokens is longer than {window}"
         return None
 
     def _answers(self, rows: list[Row], requests: list[Request]) -> Iterator[tuple[int, Answer]]:
@@ -166,21 +167,21 @@ class HarnessModel(HFLM):
 
     def _scores(self, batch: list[Row], requests: list[Request], hidden: Tensor) -> Iterator[tuple[int, Answer]]:
         """The same for a batch with last hidden states (B, S, d): logits are computed where a continuation is read."""
-        asked, states = [], []
+        scored, states = [], []
         for row, (read, numbers) in enumerate(batch):
             end = min(len(read), self.max_length)
             for number in numbers:
-                asked.append((number, torch.tensor(requests[number][2])))
-                states.append(hidden[row, end - len(asked[-1][1]) : end])
-        wanted, found = torch.cat([continuation for _, continuation in asked]), []
+                scored.append((number, torch.tensor(requests[number][2])))
+                states.append(hidden[row, end - len(scored[-1][1]) : end])
+        wanted, found = torch.cat([continuation for _, continuation in scored]), []
         for logits in logits_in_parts(self._language_model, torch.cat(states)[None]):
             here, wanted = wanted.tensor_split([logits.shape[1]])
             log_probs = F.log_softmax(logits[0], dim=-1, dtype=self.softmax_dtype)
             here = here.to(log_probs.device)
             found.append((log_probs.gather(1, here[:, None])[:, 0], log_probs.argmax(-1) == here))
-        lengths = [len(continuation) for _, continuation in asked]
+        lengths = [len(continuation) for _, continuation in scored]
         values, greedy = (torch.cat(kind).cpu().split(lengths) for kind in zip(*found, strict=True))
-        for (number, _), value, same in zip(asked, values, greedy, strict=True):
+        for (number, _), value, same in zip(scored, values, greedy, strict=True):
             yield number, (float(value.sum()), bool(same.all()))
 
 

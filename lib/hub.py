@@ -48,12 +48,12 @@ if "HF_HUB_DISABLE_XET" not in os.environ:
 
 @dataclass(frozen=True)
 class Repository:
-    """`name` on the hub, of the `kind` "model" or "dataset"; `asked` is the flag that wants it, with its value."""
+    """`name` on the hub, of the `kind` "model" or "dataset"; `label` is the flag that wants it, with its value."""
 
     name: str
     kind: str
     cache_dir: str
-    asked: str
+    label: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def fetch_model(repository: Repository, code: bool = False) -> Snapshot:
         return Snapshot(repository, cached.parent.name, cached.parent, frozenset(names), error.what)
     names = frozenset(sibling.rfilename for sibling in info.siblings)
     if "config.json" not in names:
-        raise RunError(f"{repository.asked}: {_no_config(names)}")
+        raise RunError(f"{repository.label}: {_no_config(names)}")
     top = (name for name in names if "/" not in name and any(fnmatch(name, like) for like in SMALL))
     files = {name for name in top if name != "config.json" and not name.endswith(".index.json")}
     _fetch_all(repository, files | {name for name in names if code and name.endswith(".py")}, info.sha)
@@ -179,19 +179,19 @@ def fetch_weights(snapshot: Snapshot) -> None:
     try:
         named = json.loads((snapshot.folder / "config.json").read_text()).get("transformers_weights")
     except (ValueError, AttributeError) as error:
-        raise RunError(f"{snapshot.repository.asked}: its config.json is no configuration: {error}") from error
+        raise RunError(f"{snapshot.repository.label}: its config.json is no configuration: {error}") from error
     accepted = [named] if named else WEIGHTS
     found = next((name for name in accepted if name in snapshot.names), None)
     if found is None:
         where = cached and f"its weights are {cached}"
         where = where or _gguf(snapshot.names) or f"its weights are none of {', '.join(accepted)}"
-        raise RunError(f"{snapshot.repository.asked}: {where}")
+        raise RunError(f"{snapshot.repository.label}: {where}")
     _fetch_all(snapshot.repository, [found], snapshot.commit)
     if found.endswith(".index.json"):
-        _, shards = read_index(snapshot.folder / found, snapshot.repository.asked)
+        _, shards = read_index(snapshot.folder / found, snapshot.repository.label)
         if missing := sorted(shards - snapshot.names):
             where = cached or "not in the repository"
-            raise RunError(f"{snapshot.repository.asked}: {missing[0]}, which {found} names, is {where}")
+            raise RunError(f"{snapshot.repository.label}: {missing[0]}, which {found} names, is {where}")
         _fetch_all(snapshot.repository, shards, snapshot.commit)
 
 
@@ -344,6 +344,6 @@ def _asking(repository: Repository, file: str = "", patience: float | None = Non
     except Exception as error:  # of httpx, huggingface_hub and the file system: they have no common base class
         if getattr(error, "errno", None) in UNWRITABLE:
             raise RunError(f"--cache_dir {repository.cache_dir}: cannot be written: {error.strerror}") from error
-        raise HubError(repository.asked, *explain(error, repository.name, repository.kind)) from error
+        raise HubError(repository.label, *explain(error, repository.name, repository.kind)) from error
     finally:
         del session.send

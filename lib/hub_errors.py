@@ -19,8 +19,8 @@ INSTEAD = {
 class HubError(RunError):
     """`what` happened when the hub was asked, and a remedy."""
 
-    def __init__(self, asked: str, what: str, remedy: str):
-        super().__init__(f"{asked}: {what}; {remedy}" if remedy else f"{asked}: {what}")
+    def __init__(self, label: str, what: str, remedy: str):
+        super().__init__(f"{label}: {what}; {remedy}" if remedy else f"{label}: {what}")
         self.what = what
 
 

@@ -1,6 +1,7 @@
 """Where a model comes from, and loading it: the hub, a local folder, a GGUF file or a known name."""
 
 import copy
+import difflib
 import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,12 @@ def find_source(name: str, cache_dir: str = "llm_weights", trust_remote_code: bo
     file = locate(name, cache_dir)
     if file is None:
         repository = hub.Repository(name, "model", cache_dir, f"--model {name}")
-        snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        try:
+            snapshot = hub.fetch_model(repository, code=trust_remote_code)
+        except RunError as error:
+            if near := difflib.get_close_matches(name, KNOWN_MODELS, n=1):
+                raise RunError(f"{error}; did you mean '{near[0]}'?") from error
+            raise
         if adapter := next(filter(snapshot.names.__contains__, ADAPTER), None):
             raise _is_adapter(name, adapter)
         return Source(name, str(snapshot.folder), None, cache_dir, trust_remote_code, snapshot)

@@ -1,6 +1,6 @@
 """Parameters of allocations, pruners and metrics: declared beside what reads them, and thereby flags."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, make_dataclass
 
 from .flags import AUTO, Flags, fields_of, flag
@@ -45,6 +45,12 @@ class Option:
         holds = {"within": self.within, "above": self.above, "auto": bool(self.auto), "read": self.read}
         holds = {key: value for key, value in holds.items() if value is not None and value is not False}
         return flag(self.default, self.help, group="method", later=self.read is not None, option=self, **holds)
+
+
+def no_auto(options: Iterable[Option]) -> None:
+    """Raises ValueError for an option that `auto` would choose, which is for allocations: a programming error."""
+    if any(option.auto for option in options):
+        raise ValueError("`auto` chooses parameters of allocations")
 
 
 def multiples(default: float) -> tuple[float, ...]:

@@ -59,7 +59,7 @@ def plan(
         )
         cached_trial = lambda key, measure: cached(f"{key} {way}", measure)  # noqa: E731
         trials = Trials(model, prune, calibration, held_out, batch_size, store, cached_trial)
-    if asymmetry == AUTO:
+    if asymmetry == AUTO and trials:
         begin = allocate(config.allocation if allocation.given else "uniform", problem_of(config, model))
         searches.append(trials.grid_search("asymmetry", {value: (begin, value) for value in ASYMMETRIES}))
         asymmetry = searches[-1]["chosen"]

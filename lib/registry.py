@@ -8,13 +8,16 @@ from .errors import RunError
 
 T = TypeVar("T")
 
+LISTED = 20  # names that a message lists; of more, --help has them
+
 
 def unknown_name(flag: str, name: str, known: Iterable[str]) -> RunError:
-    """The error for a name that does not exist: the nearest match, and all that do."""
+    """The error for a name that does not exist: the nearest match, and all that do, if they are few."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return RunError(f"{flag}: '{name}' is unknown; {hint}choose from: {', '.join(known)}")
+    listed = f"choose from: {', '.join(known)}" if len(known) <= LISTED else f"--help names all {len(known)}"
+    return RunError(f"{flag}: '{name}' is unknown; {hint}{listed}")
 
 
 class Registry(Generic[T]):

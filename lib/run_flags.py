@@ -87,8 +87,8 @@ class RunFlags(SharedFlags):
         "blocks' activations to the dense model's, in [0, 1], or auto", group="method", within=(0, 1), auto=True,
     )  # fmt: skip
     fisher: float = flag(
-        0.0, "parameter of sparsegpt and alps: weigh the error of every output by this power of its weights' Fisher "
-        "information, in [0, 1]", group="method", within=(0, 1),
+        0.0, "parameter of sparsegpt and alps: weigh the squared error of every output by this power of its weights' "
+        "Fisher information, in [0, 1]; 0: all alike", group="method", within=(0, 1),
     )  # fmt: skip
     recover: tuple[str, ...] = flag(
         ("none",), "train the weights that are left, zeros staying: block, of each block towards the dense block's "
@@ -106,7 +106,7 @@ class RunFlags(SharedFlags):
         False, "stop when the sparsities are known: write them, and prune nothing", group="method", later=True
     )
     calib_data: str = flag(
-        "c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self, the dense model's own",
+        "c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self: text that the dense model writes",
         group="calibration", when="calibrated",
     )  # fmt: skip
     nsamples: int = flag(128, "calibration windows", group="calibration", when="calibrated", least=1)

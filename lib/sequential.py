@@ -58,9 +58,9 @@ def prune_model(
     error in what the pruner minimises (lib/fisher.py). Raises RunError with the matrix's name for NaN or infinity.
     """
     clock, events = clock or Stopwatch(), [] if events is None else events
-    asked = any(targets.values())
-    needs = pruner.needs if asked else "nothing"
-    if recovery and asked:
+    prunes = any(targets.values())
+    needs = pruner.needs if prunes else "nothing"
+    if recovery and prunes:
         needs = "diagonal" if needs == "nothing" else needs
         batch_size = RECIPE.batch(batch_size, stats_windows or 0)
     steps = walk(
@@ -76,7 +76,7 @@ def prune_model(
         with clock("prune"):
             owners = _owners(matrices, stats)
             for matrix, owner in zip(matrices, owners, strict=True):
-                if owner == ranks.rank() and asked:
+                if owner == ranks.rank() and prunes:
                     rows = row_weights[matrix.name] if row_weights else None
                     _prune_matrix(
                         matrix, pruner, stats.get(matrix.name), targets[matrix.name], pattern, asymmetry, rows, found,

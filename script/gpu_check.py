@@ -436,7 +436,7 @@ def sparse() -> None:
 
     def product(share: float, tokens: int) -> dict:
         weight = torch.randn(n, m, device=device).to(dtype).masked_fill_(torch.rand(n, m, device=device) < share, 0)
-        layer = SparseLinear(pack(weight), None, dtype, few=tokens)
+        layer = SparseLinear(pack(weight), None, dtype, max_tokens=tokens)
         x = torch.randn(tokens, m, device=device, dtype=dtype)
         exact, repeat = x.double() @ weight.double().T, 50 if on_gpu() else 2
         found = {
@@ -445,7 +445,7 @@ def sparse() -> None:
             "dense_ms": 1e3 * seconds_of(lambda: torch.nn.functional.linear(x, weight), repeat),
             "bytes_a_weight": layer.packed.bytes / weight.numel(),
         }  # fmt: skip
-        layer.few = 0
+        layer.max_tokens = 0
         return found | {"unpacked_ms": 1e3 * seconds_of(lambda: layer(x), 2)}
 
     for share in (0.5, 0.6, 0.7, 0.8, 0.9):

@@ -38,12 +38,15 @@ def recipe(path: str, modifier: str | None = None, sparsity_type: str | None = N
     modifier       one of MODIFIERS; where nothing is said, the run's pruner
     sparsity_type  as of main.py; where nothing is said, the run's, else unstructured
     """
-    entries = read_entries(path)
+    entries = read_entries(path, flag="")
     run = entries.path.with_name("run.json")
     settings = json.loads(run.read_text(encoding="utf-8"))["config"] if run.is_file() else {}
     name = modifier or settings.get("prune_method", "").partition("_")[0]
+    if modifier and modifier not in MODIFIERS:
+        raise unknown_name("--modifier", modifier, MODIFIERS)
     if name not in MODIFIERS:
-        raise RunError("--modifier: is missing") if not name else unknown_name("--modifier", name, MODIFIERS)
+        why = f"{run} is of {name}, which llm-compressor has not" if name else f"{entries.path} is of no run"
+        raise RunError(f"--modifier: is missing; {why}: give one of {', '.join(MODIFIERS)}")
     group = Pattern.parse(sparsity_type or settings.get("sparsity_type") or "unstructured")[0].group
     sparsities = dict(entries.sparsities)
     if loose := next((key for key in sparsities if key.isdecimal() or PATTERN & set(key)), None):

@@ -54,7 +54,7 @@ CASES = [
     case("no method", "--model {bare} --sparsity_ratio 0.5", "--prune_method: is missing", base=""),
     case("no ratio", "--model {bare} --prune_method wanda", "--sparsity_ratio: is missing", "such as 0.7", base=""),
     # names
-    case("method", "--prune_method wanda_wv", "--prune_method: 'wanda_wv'", "did you mean 'wanda_ww'?", "sparsegpt_ww"),
+    case("method", "--prune_method wanda_wv", "--prune_method: 'wanda_wv'", "did you mean 'wanda_ww'?", "--help names all"),
     case("metric", "--WW_metric alpha_peek", "--WW_metric: 'alpha_peek'", "did you mean 'alpha_peak'?"),
     case("mapping", "--mapping_type blockwise", "--mapping_type: 'blockwise'", "did you mean 'block_wise'?"),
     case("dtype", "--dtype float8", "--dtype: 'float8'", "bfloat16"),
@@ -140,6 +140,7 @@ CASES = [
     case("flag without value", "--model", "--model:", "expected one argument"),
     # models
     case("model path", "--model {out}/none", "--model {out}/none:", "neither a model's folder, a .gguf file nor"),
+    case("a known model's name", "--model smolm2", "--model smolm2:", "did you mean 'smollm2'?"),
     case("model .gguf", "--model {out}/none.gguf", "--model {out}/none.gguf:", "no such file"),
     case("model .gguf of something else", "--model {here}/text.gguf", "--model {here}/text.gguf:", "GGUF"),
     case("model folder without config", "--model {out}", "--model {out}:", "no config.json", "save_pretrained"),

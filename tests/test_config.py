@@ -26,6 +26,15 @@ DECIDING = {
     "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
     "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json",
 }  # fmt: skip
+# What else has to be given for a field to be read, where the method is wanda_ww.
+READ_WITH = {
+    **dict.fromkeys(["asymmetry", "fisher"], {"prune_method": "sparsegpt_ww"}),
+    **dict.fromkeys(["owl_lambda", "owl_m"], {"prune_method": "wanda_owl"}),
+    **{f"{name}_alpha": {"prune_method": f"wanda_{name}"} for name in ("dlp", "lsa")},
+    "ramp_beta": {"prune_method": "wanda_ramp"}, "search_strength": {"prune_method": "wanda_search"},
+    "recover_nsamples": {"recover": "block"}, "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
+    **dict.fromkeys(["tasks", "task_limit"], {"eval_zero_shot": True}),
+}  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
     "activation_memory": 2.0, "restart": True,
@@ -143,15 +152,21 @@ def test_run_name_is_readable(flags, readable, configure):
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_run_name_tells_what_decides(name, configure, tmp_path, monkeypatch):
-    # with a method that has a variant, and an allocation beside which N:M may stand
-    method = {"prune_method": "sparsegpt_ww"} if name in ("asymmetry", "fisher") else {}
-    if name == "sparsities":
-        for path, share in ("half.json", 0.5), ("less.json", 0.4):
-            (tmp_path / path).write_text(f'{{"*": {share}}}')
-        monkeypatch.chdir(tmp_path)
-        method = {"prune_method": "wanda_file", "sparsities": "less.json"}
-    changed = configure(**{"save_model": "pruned", **method, name: DECIDING[name]})  # which a streamed run needs
-    assert changed.run_name != configure(**method).run_name
+    for path, share in ("half.json", 0.5), ("less.json", 0.4):
+        (tmp_path / path).write_text(f'{{"*": {share}}}')
+    monkeypatch.chdir(tmp_path)
+    others = {"save_model": "pruned", **READ_WITH.get(name, {})}  # which a streamed run needs
+    assert configure(**others | {name: DECIDING[name]}).run_name != configure(**others).run_name
+
+
+@pytest.mark.parametrize("name", [name for name in READ_WITH if name != "sparsities"])
+def test_a_flag_that_is_not_read_does_not_tell_runs_apart(name, configure):
+    """Nor one that nothing after a plan reads."""
+    unread = {name: DECIDING[name]}
+    if name not in ("asymmetry", "fisher"):  # which are refused where they mean nothing
+        assert configure(**unread).run_name == configure().run_name
+    plan = {"prune_method": "sparsegpt_ww", "plan_only": True}
+    assert configure(**plan, **unread).run_name == configure(**plan).run_name
 
 
 def test_run_name_tells_models_apart(configure, tmp_path):

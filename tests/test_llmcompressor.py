@@ -80,6 +80,15 @@ def test_a_model_that_is_gone_is_said(script, folder, capsys):
     assert "run.json: not compared with its model: --model " in capsys.readouterr().err
 
 
+def test_a_run_of_another_pruner(script, folder, tmp_path, capsys):
+    assert script["main"]([str(folder(prune_method="alps"))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("to_llmcompressor.py: error: --modifier: is missing; ")
+    assert line.endswith("run.json is of alps, which llm-compressor has not: give one of sparsegpt, wanda")
+    assert script["main"]([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith(f"to_llmcompressor.py: error: {tmp_path / 'none'}: ")
+
+
 def test_a_table_alone(script, tmp_path, capsys):
     (tmp_path / "s.csv").write_text(TABLE)
     assert script["main"]([str(tmp_path / "s.csv"), "--modifier", "wanda"]) == 0
@@ -91,7 +100,7 @@ def test_a_table_alone(script, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
-        (TABLE, [], "--modifier: is missing"),
+        (TABLE, [], "s.csv is of no run: give one of sparsegpt, wanda"),
         (TABLE, ["--modifier", "alps"], "--modifier: 'alps' is unknown"),
         (TABLE, ["--modifier", "wanda", "--sparsity_type", "2of4"], "--sparsity_type: '2of4' is neither"),
         ("*,0.5\n", ["--modifier", "wanda"], "'*' is no matrix's name"),

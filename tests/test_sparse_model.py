@@ -263,7 +263,7 @@ def test_what_does_not_pay_stays_dense(faster, monkeypatch, said):
     shapes = 4  # q and o; k and v; gate and up; down
     assert len(found) == (21 if faster else 0)
     assert ("stay dense, as fast with their zeros: model.layers.*" in said.text) == (not faster)
-    assert all(layer.few == 1 for layer in found)  # of several tokens, the second way was the faster
+    assert all(layer.max_tokens == 1 for layer in found)  # of several tokens, the second way was the faster
     assert shapes <= len(measured) <= 2 * 2 * shapes
 
 

@@ -43,6 +43,7 @@ def problem(tmp_path):
         ({"*.layers.[01].self*": 0.1, "*mlp*": 0}, ".json", (0.1, 0, 0.1, 0)),
         ("0,0.5\n1, 0.25\n", ".csv", (0.5, 0.5, 0.25, 0.25)),
         ("\ufeffname,sparsity\n*,0.5\n\n1,0.25\n", ".csv", (0.5, 0.5, 0.25, 0.25)),
+        ("Name, Sparsity\n*,0.5\n1,0.25\n", ".csv", (0.5, 0.5, 0.25, 0.25)),
         ("name,sparsity,target_sparsity\n0,0.496,0.5\n1,,0.25\n", ".csv", (0.5, 0.5, 0.25, 0.25)),
     ],
 )
@@ -64,7 +65,9 @@ def test_each_matrix_has_what_the_file_says(text, suffix, expected, problem):
         ('{"*": NaN}', ".json", r"'\*' has nan; a sparsity must lie"),
         ({"*": "half"}, ".json", "'\\*' has \"half\", which is no number"),
         ({"*": True}, ".json", r"'\*' has true, which is no number"),
-        ({"*": {"q": 0.1}}, ".json", "which is no number"),
+        ({"*": {"q": 0.1}}, ".json", r"'\*' has a list or an object, which is no number"),
+        ({"*": 0.5, "-1": 0.1}, ".json", "block -1 has no prunable matrix; blocks go from 0 to 1"),
+        ("", ".json", "is no JSON object"),
         ('{"0": 0.5, "0": 0.6}', ".json", "'0' is given twice"),
         ("*,0,5", ".csv", "has a row of 3 cells and no header"),
         ("name,target_sparsity,sparsity\n*,0.5,0.9", ".csv", "target_sparsity 0.5, which is read, and sparsity 0.9"),
@@ -246,12 +249,14 @@ def test_a_plan_is_what_the_run_does(method, more, settings, tmp_path, monkeypat
 def test_a_plan_reads_no_text_that_it_does_not_need(settings, tmp_path):
     """Neither of the data sets exists; --plot draws the sparsities."""
     settings = {**settings, "calib_data": "c4", "eval_data": "ptb"}
-    config = RunConfig(**settings, prune_method="alps_er", sparsity_ratio=0.6, plan_only=True, plot=True)
+    method = {"prune_method": "alps_er", "asymmetry": "auto"}
+    config = RunConfig(**settings, **method, sparsity_ratio=0.6, plan_only=True, plot=True)
     record = main.run(config)
     assert record["sparsity"]["target"] == 0.6
     assert (results.run_folder(config) / "plots" / "sparsity-depth.png").is_file()
     assert not (tmp_path / "out" / "results.tsv").exists()
-    assert {"--eval_data", "--nsamples"} <= set(config.unused_flags())
+    assert record["searches"] == []
+    assert {"--asymmetry", "--eval_data", "--nsamples"} <= set(config.unused_flags())
 
 
 def test_a_plan_of_an_analysis(settings):

@@ -25,25 +25,27 @@ class Entries:
 
     path: Path = field(repr=False, compare=False)
     sparsities: tuple[tuple[str, float], ...]
+    flag: str = field(default="--sparsities", repr=False, compare=False)
 
     def error(self, message: str) -> RunError:
-        return RunError(f"--sparsities {self.path}: {message}")
+        return RunError(f"{self.flag} {self.path}: {message}".lstrip())
 
 
-def read_entries(path: str) -> Entries:
+def read_entries(path: str, flag: str = "--sparsities") -> Entries:
     """The entries of a .json object or a .csv table, such as a run's layers.csv, which the run's folder stands for.
+    Messages name the file as what `flag` gave.
 
     Raises RunError for a file that is neither, a name that is given twice, and a sparsity out of bounds.
     """
     file = Path(path) / "layers.csv" if Path(path).is_dir() else Path(path)
     read = {".json": _of_json, ".csv": _of_csv}.get(file.suffix)
-    refused = Entries(file, ()).error
+    refused = Entries(file, (), flag).error
     if not file.is_file():
-        raise refused("no such file")
+        raise refused("no such file" + (f"; {path} is no run's folder" if Path(path).is_dir() else ""))
     if read is None:
         raise refused("is neither a .json nor a .csv")
     try:
-        found = read(file.read_text(encoding="utf-8-sig"), refused)
+        found = read(file.read_text(encoding="utf-8-sig").strip(), refused)
     except (OSError, ValueError, csv.Error) as error:
         raise refused(f"cannot be read: {error}") from error
     known: dict[str, float] = {}
@@ -53,12 +55,12 @@ def read_entries(path: str) -> Entries:
         known[key] = _sparsity(key, value, refused)
     if not known:
         raise refused("holds no sparsity")
-    return Entries(file, tuple(known.items()))
+    return Entries(file, tuple(known.items()), flag)
 
 
 def _of_json(text: str, refused: Callable) -> list[tuple[str, object]]:
-    pairs = json.loads(text, object_pairs_hook=list)  # a name that is given twice is seen
-    if not text.lstrip().startswith("{"):
+    pairs = json.loads(text or "null", object_pairs_hook=list)  # a name that is given twice is seen
+    if not text.startswith("{"):
         raise refused("is no JSON object of names and sparsities")
     return pairs
 
@@ -66,7 +68,7 @@ def _of_json(text: str, refused: Callable) -> list[tuple[str, object]]:
 def _of_csv(text: str, refused: Callable) -> list[tuple[str, object]]:
     """Rows of a name and a sparsity, or with a header that names such columns."""
     rows = [row for row in csv.reader(io.StringIO(text)) if any(cell.strip() for cell in row)]
-    header = rows[0] if rows else []
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
     if "name" in header:
         column = next((header.index(one) for one in COLUMNS if one in header), None)
         if column is None:
@@ -103,7 +105,8 @@ def _sparsity(key: str, value: object, refused: Callable) -> float:
     except ValueError:
         number = None
     if number is None:
-        raise refused(f"'{key}' has {json.dumps(value)}, which is no number")
+        said = "a list or an object" if isinstance(value, list) else json.dumps(value)
+        raise refused(f"'{key}' has {said}, which is no number")
     if not S_MIN <= number <= S_MAX:
         raise refused(f"'{key}' has {number:g}; a sparsity must lie in [{S_MIN:g}, {S_MAX:g}]")
     return number
@@ -112,7 +115,7 @@ def _sparsity(key: str, value: object, refused: Callable) -> float:
 SPARSITIES = Option(
     "sparsities", None, "the sparsities of *_file: a .json object or a .csv table of matrix name, pattern of names "
     "(such as *.down_proj) or block number, and sparsity; of entries for one matrix the last counts; layers.csv of an "
-    "earlier run is such a file, of which target_sparsity is read", read=read_entries,
+    "earlier run, or its folder, is such a file, of which target_sparsity is read", read=read_entries,
 )  # fmt: skip
 
 
@@ -144,7 +147,7 @@ def _covered(key: str, problem: Problem, entries: Entries) -> list[str]:
     """The matrices that an entry is for."""
     if key in problem.sizes:
         return [key]
-    if key.isdecimal():
+    if key.removeprefix("-").isdecimal():
         if found := [name for name, block in problem.blocks.items() if block == int(key)]:
             return found
         raise entries.error(f"block {key} has no prunable matrix; blocks go from 0 to {max(problem.blocks.values())}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..esd import Fit
-from ..options import Option
+from ..options import Option, no_auto
 from ..registry import Registry
 
 
@@ -25,8 +25,7 @@ class Metric:
     options: tuple[Option, ...] = ()
 
     def __post_init__(self):
-        if any(option.auto for option in self.options):
-            raise ValueError("`auto` chooses parameters of allocations")
+        no_auto(self.options)
 
     def at(self, values: Mapping[str, object]) -> "Metric":
         """The metric with its options at these values, where they are given, else at their defaults."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..masks import Pattern, lowest_of_groups
-from ..options import Option
+from ..options import Option, no_auto
 from ..registry import Registry
 from ..stats import NEEDS
 
@@ -30,8 +30,7 @@ class Pruner:
     def __post_init__(self):
         if self.needs not in NEEDS:
             raise ValueError(f"needs must be one of {NEEDS}, not {self.needs!r}")
-        if any(option.auto for option in self.options):
-            raise ValueError("`auto` chooses parameters of allocations")
+        no_auto(self.options)
 
     def at(self, values: Mapping[str, object]) -> "Pruner":
         """The pruner with its options at these values."""

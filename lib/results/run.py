@@ -186,11 +186,15 @@ def write_run(config: RunConfig, record: dict) -> Path:
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "layers.csv", _layers_table(record["layers"]))
     if record["perplexity"]:
-        name = f"perplexity_{config.prune_method}_sparsity_{record['sparsity']['target']:g}.txt"
         achieved, pruned = record["sparsity"]["achieved"], record["perplexity"]["pruned"]
         header = "method\tactual_sparsity\tppl_test\n"
-        write_text(folder / name, f"{header}{config.prune_method}\t{achieved:.4f}\t{pruned:.4f}\n")
+        write_text(folder / _published_file(record), f"{header}{config.prune_method}\t{achieved:.4f}\t{pruned:.4f}\n")
     return folder
+
+
+def _published_file(record: dict) -> str:
+    """The name of the text file that the published code writes."""
+    return f"perplexity_{record['config']['prune_method']}_sparsity_{record['sparsity']['target']:g}.txt"
 
 
 def flatten_scores(layer: dict) -> dict:
@@ -231,8 +235,9 @@ def summary(record: dict) -> str:
     """The run as a small table for people."""
     config, folder = record["config"], Path(record["config"]["save"]) / record["run"]
     lines = _analysis_lines(record) if config["analyze_only"] else _pruning_lines(record)
-    pictures = ", report.html with its pictures" if config["plot"] else ""
-    lines += ["", f"Results: {folder}/ (run.json, layers.csv{pictures})"]
+    files = ["run.json", "layers.csv", *([_published_file(record)] if record.get("perplexity") else [])]
+    files += ["report.html with its pictures"] if config["plot"] else []
+    lines += ["", f"Results: {folder}/ ({', '.join(files)})"]
     if config["save_model"] and not config["plan_only"]:
         lines.append(f"Pruned model: {config['save_model']}/")
     if record["model"].get("stays_dense"):

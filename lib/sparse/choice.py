@@ -22,7 +22,7 @@ MOST_COPIES = 256
 _known: dict[tuple, dict[float, int]] = {}  # shape and machine -> sparsity in steps -> tokens at once
 
 
-def few_tokens(layer: SparseLinear, weight: Tensor) -> int:
+def most_tokens(layer: SparseLinear, weight: Tensor) -> int:
     """The most tokens at once for which the kernel is the fastest way through the layer; 0 where a single token is
     multiplied as fast by the dense matrix (rows, columns), which it is then better left as.
 
@@ -32,9 +32,9 @@ def few_tokens(layer: SparseLinear, weight: Tensor) -> int:
     packed = layer.packed
     key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads())
     sparsity, known = round(packed.sparsity / STEP), _known.setdefault(key, {})
-    if lower := [(at, few) for at, few in known.items() if at <= sparsity and few]:
+    if lower := [(at, most) for at, most in known.items() if at <= sparsity and most]:
         return max(lower)[1]
-    if any(at >= sparsity and not few for at, few in known.items()):
+    if any(at >= sparsity and not most for at, most in known.items()):
         return NONE_AT_ONCE
     known[sparsity] = _measured(layer, weight)
     return known[sparsity]
@@ -48,14 +48,14 @@ def _measured(layer: SparseLinear, weight: Tensor) -> int:
     fastest, own = _alternating(dense, [lambda own=own: own(x[:1]) for own in layers])
     if own > MARGIN * fastest:
         return NONE_AT_ONCE
-    few = 1
+    most = 1
     for tokens in TOKENS:
         some, packed = x[:tokens], [own.packed for own in layers]
-        kernel, unpacked = ([lambda p=p, few=few: multiply(p, some, few) for p in packed] for few in (tokens, 0))  # noqa: B023
+        kernel, unpacked = ([lambda p=p, n=n: multiply(p, some, n) for p in packed] for n in (tokens, 0))  # noqa: B023
         if operator.gt(*_alternating(kernel, unpacked)):
             break
-        few = tokens
-    return few
+        most = tokens
+    return most
 
 
 def cold_copies(make: Callable, size: int) -> list:

@@ -14,7 +14,7 @@ from ..load import Source, choose_device, choose_dtype, find_source, load_config
 from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
-from .choice import MIN_SPARSITY, few_tokens
+from .choice import MIN_SPARSITY, most_tokens
 from .format import pack
 from .linear import SparseLinear
 
@@ -134,8 +134,8 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
     else:
         layer = SparseLinear(pack(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed)
         if threshold is None:
-            layer.few = few_tokens(layer, weight)
-        if not layer.few:
+            layer.max_tokens = most_tokens(layer, weight)
+        if not layer.max_tokens:
             return account.dense["as fast with their zeros"].append(matrix.name)
         after = layer.packed.bytes
     account.packed += 1

@@ -17,17 +17,19 @@ class SparseLinear(nn.Module):
     compiler sees operations of torch alone: both by the whole matrix, unpacked.
 
     dtype       of the weights to whoever asks for them
-    few         most tokens at once that the kernel is given
+    max_tokens  most tokens at once that the kernel is given
     transposed  whether `weight` is shown as (in, out)
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, few: int = 1, transposed: bool = False):
+    def __init__(
+        self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, max_tokens: int = 1, transposed: bool = False
+    ):
         super().__init__()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         for name in ("masks", "values", "offsets"):
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.in_features, self.out_features = packed.columns, packed.rows
-        self.kind, self.dtype, self.few, self.transposed = packed.kind, dtype, few, transposed
+        self.kind, self.dtype, self.max_tokens, self.transposed = packed.kind, dtype, max_tokens, transposed
 
     @property
     def packed(self) -> Packed:
@@ -53,7 +55,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
-        found = multiply(self.packed, x.reshape(-1, self.in_features), self.few)
+        found = multiply(self.packed, x.reshape(-1, self.in_features), self.max_tokens)
         if self.bias is not None:
             found = found + self.bias
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -89,9 +91,9 @@ class _Shown(Tensor):
         return result
 
 
-def multiply(packed: Packed, x: Tensor, few: int) -> Tensor:
+def multiply(packed: Packed, x: Tensor, max_tokens: int) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
     from . import cpu, cuda
 
     backend = cuda if x.is_cuda else cpu
-    return backend.multiply(packed, x) if 0 < x.shape[0] <= few else backend.product(packed, x)
+    return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)

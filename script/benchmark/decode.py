@@ -26,14 +26,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from lib.sparse import SparseLinear, cpu, pack
-from lib.sparse.choice import TOKENS, cold_copies, few_tokens
+from lib.sparse.choice import TOKENS, cold_copies, most_tokens
 from lib.sparse.format import bytes_per_weight
 
 SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096", "11008x4096", "4096x11008")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4")
 METHODS = ("float32", "bfloat16", "csr", "packed")
 PRODUCTS = ("shape", "sparsity", "batch", *(f"{name} ms" for name in METHODS), "to bfloat16", "to float32", "ceiling",
-            "few", "machine")  # fmt: skip
+            "most_tokens", "machine")  # fmt: skip
 MODELS = ("sparsity", "held", "first token s", "tokens/s", "weights GB", "peak GB", "machine")
 LLAMA = ("--hidden", "2304", "--intermediate", "6144", "--blocks", "16")  # 1.05 billion
 
@@ -59,7 +59,7 @@ def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]]
     """Each method as calls that take turns with its copies of the matrix; the most tokens that the kernel is given."""
     x, packed = torch.randn(batch, weight.shape[1]).bfloat16(), pack(weight)
     layer = SparseLinear(packed, None, torch.bfloat16)
-    layer.few = few_tokens(layer, weight) or 1
+    layer.max_tokens = most_tokens(layer, weight) or 1
     as_float, plain = x.float(), weight.float()
     csr = plain.to_sparse_csr()
     size = sum(part.nbytes for part in (csr.crow_indices(), csr.col_indices(), csr.values()))
@@ -68,7 +68,7 @@ def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]]
         "bfloat16": [lambda w=w: F.linear(x, w) for w in cold_copies(weight.clone, weight.nbytes)],
         "csr": [lambda w=w: w @ as_float.T for w in cold_copies(csr.clone, size)],
         "packed": [lambda own=own: own(x) for own in cold_copies(layer.copy, packed.bytes)],
-    }, layer.few
+    }, layer.max_tokens
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
     """A row of products.csv."""
     torch.manual_seed(0)
     weight = random_matrix(*map(int, shape.split("x")), sparsity)
-    calls, few = methods(weight, batch)
+    calls, most = methods(weight, batch)
     seconds = {name: [] for name in calls}
     turns = max(repeat, min(map(len, calls.values())) // 4)
     for turn in range(turns + 1):
@@ -92,7 +92,14 @@ def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
     for name in ("bfloat16", "float32"):  # turn by turn, as a machine's speed drifts
         ratios = [other / own for other, own in zip(seconds[name], seconds["packed"], strict=True)]
         row[f"to {name}"] = f"{statistics.median(ratios):.2f}"
-    return {"shape": shape, "sparsity": sparsity, "batch": batch, **row, "ceiling": f"{ceiling:.2f}", "few": few}
+    return {
+        "shape": shape,
+        "sparsity": sparsity,
+        "batch": batch,
+        **row,
+        "ceiling": f"{ceiling:.2f}",
+        "most_tokens": most,
+    }
 
 
 def generate(folder: Path, sparsity: str, held: str) -> dict:
