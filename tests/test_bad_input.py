@@ -54,7 +54,7 @@ CASES = [
     case("no method", "--model {bare} --sparsity_ratio 0.5", "--prune_method: is missing", base=""),
     case("no ratio", "--model {bare} --prune_method wanda", "--sparsity_ratio: is missing", "such as 0.7", base=""),
     # names
-    case("method", "--prune_method wanda_wv", "--prune_method: 'wanda_wv'", "did you mean 'wanda_ww'?", "--help names all"),
+    case("method", "--prune_method wanda_wv", "--prune_method: 'wanda_wv'", "did you mean 'wanda_ww'?", "--help"),
     case("metric", "--WW_metric alpha_peek", "--WW_metric: 'alpha_peek'", "did you mean 'alpha_peak'?"),
     case("mapping", "--mapping_type blockwise", "--mapping_type: 'blockwise'", "did you mean 'block_wise'?"),
     case("dtype", "--dtype float8", "--dtype: 'float8'", "bfloat16"),

@@ -28,12 +28,12 @@ DECIDING = {
 }  # fmt: skip
 # What else has to be given for a field to be read, where the method is wanda_ww.
 READ_WITH = {
-    **dict.fromkeys(["asymmetry", "fisher"], {"prune_method": "sparsegpt_ww"}),
-    **dict.fromkeys(["owl_lambda", "owl_m"], {"prune_method": "wanda_owl"}),
+    **{name: {"prune_method": "sparsegpt_ww"} for name in ("asymmetry", "fisher")},
+    **{name: {"prune_method": "wanda_owl"} for name in ("owl_lambda", "owl_m")},
     **{f"{name}_alpha": {"prune_method": f"wanda_{name}"} for name in ("dlp", "lsa")},
     "ramp_beta": {"prune_method": "wanda_ramp"}, "search_strength": {"prune_method": "wanda_search"},
     "recover_nsamples": {"recover": "block"}, "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
-    **dict.fromkeys(["tasks", "task_limit"], {"eval_zero_shot": True}),
+    **{name: {"eval_zero_shot": True} for name in ("tasks", "task_limit")},
 }  # fmt: skip
 INDIFFERENT = {
     "cache_dir": "elsewhere", "save": "out", "save_model": "pruned", "quiet": True, "plot": True,
