@@ -1,11 +1,13 @@
 """Times products with pruned matrices, and a pruned model that generates, with their zeros and without.
 
     python script/benchmark/decode.py OUT [--repeat 15] [--shapes 4096x4096] [--batches 1] [--models SCRATCH]
+                                      [--kernel avx2]
 
 For each shape, sparsity and batch: dense float32, dense bfloat16, torch's CSR (float32) and packed bfloat16, in turn,
 from memory and not from caches; medians, of the ratios too. With --models, random Llamas of a billion parameters, of 70
 and 80 % zeros, are written to SCRATCH and continue a text. OUT/products.csv and OUT/models.csv grow by a row as each is
-measured, and what they hold is not measured again; OUT/table.md and OUT/speedup.png are made from them.
+measured, and what they hold is not measured again; OUT/table.md and OUT/speedup.png are made from them. --kernel takes
+what a lesser processor than this one would.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from lib.sparse import SparseLinear, cpu, pack
+from lib.sparse import SparseLinear, cpu, kernels, pack
 from lib.sparse.choice import TOKENS, cold_copies, most_tokens
 from lib.sparse.format import bytes_per_weight
 
@@ -186,7 +188,13 @@ def main() -> None:
     parser.add_argument("--sparsities", nargs="+", default=SPARSITIES)
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 4, max(TOKENS)))
     parser.add_argument("--models", type=Path, help="folder for the random checkpoints, 2 GB each")
+    parser.add_argument("--kernel", choices=[variant.name for variant in kernels.VARIANTS])
     options = parser.parse_args()
+    if options.kernel:
+        needs = next(variant.needs for variant in kernels.VARIANTS if variant.name == options.kernel)
+        if lacking := needs - cpu.features():
+            parser.error(f"--kernel {options.kernel}: this processor lacks {', '.join(sorted(lacking))}")
+        cpu.features = lambda: needs
     options.out.mkdir(parents=True, exist_ok=True)
     wanted = [(s, z, b) for s in options.shapes for z in options.sparsities for b in options.batches]
     rows = fill(
