@@ -38,7 +38,8 @@ class Evaluator:
             self._dense = self._workspace.cached("dense", lambda: self._perplexity("dense"))
             log.info("perplexity before pruning: %.4f", self._dense)
         if self._config.eval_dense and self._inputs.tasks:
-            self._dense_accuracies = self._workspace.cached("zero_shot", lambda: self._accuracies("dense"))
+            key = f"zero_shot {self._inputs.tasks.digest}"
+            self._dense_accuracies = self._workspace.cached(key, lambda: self._accuracies("dense"))
 
     def perplexity(self) -> dict | None:
         """The `perplexity` of run.json, of the pruned model and, where it was measured, the dense one."""

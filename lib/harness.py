@@ -1,8 +1,9 @@
 """The model at hand as lm_eval, the evaluation harness, sees it; imported where a task is evaluated, and only there."""
 
 import copy
+import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import ranks
 from .activations import Store
-from .errors import RunError
+from .errors import RunError, reason_of
 from .evaluate import logits_in_parts
+from .load import context_length
 from .model import LanguageModel
 from .progress import progress
 from .stream import last_hidden_states
@@ -44,7 +46,7 @@ class HarnessModel(HFLM):
         self._language_model, self._batch, self._bos = model, batch, bos
         self._store, self._what, self.cut = store, what, 0
         self.failed: dict[str, str] = {}
-        self._owners: list[str] = []  # the task of each request that is scored at the moment
+        self._known: dict[bytes, Answer] = {}  # by a digest of the request: no answer is computed twice
         # Without the model itself, whose ties and tokenizer HFLM would set anew.
         inner = SimpleNamespace(
             device=model.device, config=model.model.config, generate=getattr(model.model, "generate", None)
@@ -63,23 +65,35 @@ class HarnessModel(HFLM):
         found = super().tok_encode(string, add_special_tokens=False, **options)
         return found if found[:1] == [self._bos] else [self._bos, *found]
 
+    @property
+    def max_length(self) -> int:
+        """The model's window; where its configuration does not say, the harness's own guess."""
+        return context_length(self.config) or super().max_length
+
     def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[Answer]:
         """Of each request's continuation after its context."""
-        self._owners = [request.task_name for request in requests]
-        return super().loglikelihood(requests, disable_tqdm=True)
+        asked = [(request.args, *self._tokens(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(asked, owners=[request.task_name for request in requests])
+
+    def _tokens(self, context: str, continuation: str) -> tuple[list, list[int]]:
+        """Of a context, for which BOS or EOS stands where it is empty, and of what follows."""
+        if context:
+            return self._encode_pair(context, continuation)
+        found, prefix = self.tok_encode(continuation, add_special_tokens=False), self.prefix_token_id
+        return (found[:1], found[1:]) if found[:1] == [prefix] else ([prefix], found)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
         """Of each request's whole text, in windows that have no token in common."""
-        windows, owners, self._owners = [], [], []
+        windows, owners = [], []
         for number, request in enumerate(requests):
             cut = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
             windows += [(None, *make_disjoint_window(window)) for window in cut]
-            self._owners += [request.task_name] * (len(windows) - len(owners))
             owners += [number] * (len(windows) - len(owners))
         sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+        values = self._loglikelihood_tokens(windows, owners=[requests[owner].task_name for owner in owners])
+        for owner, (value, _) in zip(owners, values, strict=True):
             sums[owner] += value
         return sums
 
@@ -87,37 +101,59 @@ class HarnessModel(HFLM):
         """The model's own continuation of each request."""
         if self._language_model.streamed:
             raise RunError("--stream: a streamed model gives log-likelihoods and generates no text")
-        self.batch_size_per_gpu = self._batch(self.max_length)
-        try:
-            share = requests[ranks.rank() :: ranks.world_size()]
-            parts = ranks.all_gather(super().generate_until(share, disable_tqdm=True) if share else [])
-        finally:
-            self.batch_size_per_gpu = "auto"
-        answers: list = [None] * len(requests)
-        for rank, part in enumerate(parts):
-            answers[rank :: ranks.world_size()] = part
+        answers = [""] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            numbers = [number for number, request in enumerate(requests) if request.task_name == task]
+            for number, answer in zip(numbers, self._generated(task, [requests[n] for n in numbers]), strict=True):
+                answers[number] = answer
         return answers
 
-    def _loglikelihood_tokens(self, requests: list[Request], **_options) -> list[Answer]:
-        """Every rank's answers to its share, on every rank."""
-        owned = list(zip(self._owners or [""] * len(requests), requests, strict=True))
+    def _generated(self, task: str, requests: list) -> list[str]:
+        """A task's answers, of which every rank writes a share; none, and a reason, where a rank cannot."""
+        share, said, reason = requests[ranks.rank() :: ranks.world_size()], [], None
+        self.batch_size_per_gpu = self._batch(self.max_length)
+        try:
+            if self.eot_token_id is None:
+                reason = "the model's tokenizer has no EOS, with which what it writes would end"
+            elif share:
+                said = super().generate_until(share, disable_tqdm=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, ValueError, RuntimeError) as error:  # such as more tokens than the window has
+            reason = reason_of(error)
+        finally:
+            self.batch_size_per_gpu = "auto"
+        answers = [""] * len(requests)
+        for rank, (part, failed) in enumerate(ranks.all_gather((said, reason))):
+            if failed:
+                self.failed.setdefault(task, failed)
+            else:
+                answers[rank :: ranks.world_size()] = part
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], *, owners: Sequence[str] | None = None, **_options
+    ) -> list[Answer]:
+        """Every rank's answers to its share, on every rank; `owners` are the tasks that the requests are of."""
+        owned = list(zip(owners or [""] * len(requests), requests, strict=True))
         for owner, request in owned:
             if owner not in self.failed and (reason := self._unfit(request)):
                 self.failed[owner] = reason
         rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and the requests that it answers
         for number, (owner, request) in enumerate(owned):
-            if owner not in self.failed:
+            if owner not in self.failed and _key(request) not in self._known:
                 read = tuple(_read(request))
                 rows.setdefault(read, []).append(number)
                 self.cut += len(read) > self.max_length
-        owners = ranks.balance([len(read) for read in rows])
-        share = [row for row, owner in zip(rows.items(), owners, strict=True) if owner == ranks.rank()]
+        share_of = ranks.balance([len(read) for read in rows])
+        share = [row for row, rank in zip(rows.items(), share_of, strict=True) if rank == ranks.rank()]
         found: dict[int, Answer] = {}
         for part in ranks.all_gather(dict(self._answers(share, requests))):
             found |= part
         if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
-        return [found.get(number, (0.0, False)) for number in range(len(requests))]
+        self._known |= {_key(requests[number]): answer for number, answer in found.items()}
+        return [self._known.get(_key(request), (0.0, False)) for request in requests]
 
     def _unfit(self, request: Request) -> str | None:
         """Why a request cannot be scored, if it cannot."""
@@ -188,3 +224,7 @@ class HarnessModel(HFLM):
 def _read(request: Request) -> list[int]:
     """The tokens of a request that the model reads: all but the last."""
     return request[1] + request[2][:-1]
+
+
+def _key(request: Request) -> bytes:
+    return hashlib.blake2b(repr(request[1:]).encode(), digest_size=16).digest()

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import ranks, zero_shot
+from . import ranks
 from .analysis import note
 from .config import RunConfig
 from .data import evaluation_windows, required_bos
 from .flags import Flags
+from .harness_tasks import Tasks, load_tasks
 from .windows import Windows, corpus_windows
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Inputs(NamedTuple):
 
     windows: Windows
     evaluation: Tensor | None
-    tasks: zero_shot.Tasks | None
+    tasks: Tasks | None
 
     @property
     def watched(self) -> Tensor | None:
@@ -50,12 +51,12 @@ def read_inputs(config: RunConfig, tokenizer, seqlen: int, events: list[dict]) -
     return Inputs(windows, evaluation, tasks)
 
 
-def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = False) -> zero_shot.Tasks | None:
+def read_tasks(config: Flags, tokenizer, events: list[dict], streamed: bool = False) -> Tasks | None:
     """The zero-shot tasks of a run of any command, if it is asked for them."""
     if not config.asks("eval_zero_shot"):
         return None
     bos = required_bos(tokenizer) if config.add_bos == "every" else None
-    tasks = zero_shot.load(
+    tasks = load_tasks(
         config.tasks, limit=config.task_limit, bos=bos, cache_dir=config.cache_dir, streamed=streamed
     )  # fmt: skip
     for name, why in tasks.missing.items():

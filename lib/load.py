@@ -349,5 +349,6 @@ def weight_files(source: Source) -> list[Path]:
 def context_length(config) -> int | None:
     """The longest window the model was made for, where its configuration says."""
     config = config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    limits = (getattr(config, name, None) for name in names)
     return next((limit for limit in limits if limit and limit > 0), None)  # -1 of XLNet's is none

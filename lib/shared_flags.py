@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from .data import ADD_BOS, find_corpus
 from .flags import Flags, flag
+from .harness_tasks import PAPER
 from .load import choose_device, locate
-from .zero_shot import PAPER
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -34,6 +34,7 @@ from lib.data import evaluation_windows, required_bos
 from lib.errors import RunError
 from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
+from lib.harness_tasks import load_tasks
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
 from lib.plan import apply_plan, plan
@@ -280,7 +281,7 @@ class Runner:
             for text in texts
         }
         bos = required_bos(self._tokenizer) if config.add_bos == "every" else None
-        self._tasks = zero_shot.load(tasks, limit=limit, bos=bos, cache_dir=config.cache_dir) if tasks else None
+        self._tasks = load_tasks(tasks, limit=limit, bos=bos, cache_dir=config.cache_dir) if tasks else None
         if self._tasks and self._tasks.missing:
             raise RunError(f"--tasks: {self._tasks.missing}, and the mean is of all or none")
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import shlex
+import shutil
 
 import forking
 import pytest
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 import main
 from lib import LanguageModel, RunError, cli, results, zero_shot
 from lib.data import evaluation_windows, training_windows
+from lib.evaluate import perplexity
 from lib.finetune.config import FinetuneConfig
 from lib.finetune.run import run
-from lib.finetune.student import MaskedFull, MaskedLora
+from lib.finetune.student import MaskedFull, MaskedLora, PlainLora
 from lib.finetune.teacher import Teacher
 from lib.finetune.zeros import ZeroMask
+from lib.harness_tasks import load_tasks
 from lib.load import find_source, load_model, load_tokenizer, open_model
 
 
@@ -241,6 +244,10 @@ def places(tmp_path_factory):
             f"--model {here / architecture} --prune_method magnitude {more} --no-eval_wikitext --save {here / 'res'} "
             f"--save_model {here / architecture}_pruned --seqlen 16 --device cpu --cache_dir {here / 'cache'}".split()
         ))  # fmt: skip
+    for name, changes in (("short", {"max_position_embeddings": 16}), ("wide", {"vocab_size": 120})):
+        shutil.copytree(here / "llama", here / name)
+        config = json.loads((here / name / "config.json").read_text())
+        (here / name / "config.json").write_text(json.dumps(config | changes))
     return here
 
 
@@ -291,6 +298,14 @@ def test_windows_are_as_long_as_the_calibrations(places, tmp_path):
     assert run(cli.parse(words, FinetuneConfig))["training"]["seqlen"] == 16
 
 
+def test_windows_of_a_second_fine_tuning_are_as_long_as_those_of_the_first(places, tmp_path):
+    given = " ".join(flags(places, tmp_path / "first")).replace("--seqlen 16 ", "--seqlen 12 ")
+    run(cli.parse(given.split(), FinetuneConfig))
+    again = " ".join(flags(places, tmp_path, more=f"--model {tmp_path / 'first' / 'tuned'}"))
+    record = run(cli.parse(again.replace("--seqlen 16 ", "").split(), FinetuneConfig))
+    assert record["training"]["seqlen"] == 12
+
+
 def test_the_perplexity_is_that_of_what_was_saved(places, tmp_path):
     record = tune(places, tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
@@ -322,7 +337,7 @@ def test_accuracies_before_and_after_are_those_of_the_two_checkpoints(places, tm
     found, model = record["zero_shot"], find_source(str(places / "llama_pruned"))
     tokenizer = load_tokenizer(model)
     for stage, folder in (("before", model), ("after", find_source(str(tmp_path / "tuned")))):
-        tasks = zero_shot.load([str(tmp_path / "mine.yaml")], cache_dir=str(tmp_path / "cache"))
+        tasks = load_tasks([str(tmp_path / "mine.yaml")], cache_dir=str(tmp_path / "cache"))
         of_folder = zero_shot.evaluate(load_model(folder, "cpu", "float32", tokenizer), tasks, lambda _: 4)
         assert found["tasks"]["mine"][stage] == of_folder["tasks"]["mine"]
     assert "mean of 1" in results.finetuned_summary(record)
@@ -385,6 +400,14 @@ def test_an_adapter_that_the_models_own_code_cannot_read_is_refused(places, tmp_
         tune(places, tmp_path, "dbrx", "--keep_adapter")
 
 
+def test_an_adapter_of_experts_alone():
+    """gpt-oss keeps its stacks (in, out), which peft knows of itself."""
+    targets = [pruned("gpt_oss").matrices[-1].name.split(".")[-2:]]
+    names = [part for parts in targets for part in parts if not part.isdigit()]
+    student = PlainLora(pruned("gpt_oss"), 4, 8.0, (names[-1],), torch.float32)
+    assert student.trained()
+
+
 @pytest.mark.parametrize(("method", "noted"), [("lora", False), ("full", True)])
 def test_zeros_outside_the_prunable_matrices_are_said_to_be_trained(method, noted, places, tmp_path):
     model = pruned("llama").model
@@ -435,6 +458,26 @@ def test_the_same_command_goes_on_and_ends_the_same(method, places, tmp_path, mo
     for name, value in one.items():
         assert torch.equal(other[name], value), name
     assert not left.exists()
+
+
+@pytest.mark.parametrize("more", ["--keep_adapter", ""])
+def test_a_run_broken_off_once_its_result_is_saved_is_completed(more, places, tmp_path, monkeypatch):
+    from lib.finetune import run as module
+
+    measured = []
+
+    def cut_short(*args, what, **options):
+        measured.append(what)
+        if what == "perplexity, after":
+            raise KeyboardInterrupt
+        return perplexity(*args, what=what, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "perplexity", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            tune(places, tmp_path, "gpt2", more)
+    assert list((tmp_path / "tuned").iterdir())
+    assert tune(places, tmp_path, "gpt2", more)["training"]["steps"] == 8
 
 
 def test_another_run_does_not_go_on(places, tmp_path, monkeypatch):
@@ -510,6 +553,8 @@ def test_ranks_share_the_windows_and_not_the_result(places, tmp_path):
         ("--model {here}/llama", "is dense: none of its"),
         ("--lora_targets qproj", "has no matrix called qproj"),
         ("--seqlen 100", "--seqlen 100: the model's limit is 64"),
+        ("--teacher {here}/short --seqlen 32", "--teacher {here}/short: its window is 16 tokens; give --seqlen 16 or"),
+        ("--teacher {here}/wide", "--teacher {here}/wide: has 120 tokens, and the model that learns has "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(more, says, places, tmp_path, monkeypatch, capsys):

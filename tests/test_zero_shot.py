@@ -22,10 +22,22 @@ from tiny import ARCHITECTURES, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import main
-from lib import LanguageModel, RunConfig, RunError, find_source, open_model, results, workspace, zero_shot
+from lib import (
+    LanguageModel,
+    RunConfig,
+    RunError,
+    find_source,
+    harness_tasks,
+    open_model,
+    results,
+    workspace,
+    zero_shot,
+)
 from lib import hub as doors
 from lib.activations import Store
+from lib.evaluator import Evaluator
 from lib.harness import HarnessModel
+from lib.harness_tasks import load_tasks
 
 STOCK = ("arc_easy", "arc_challenge", "openbookqa", "winogrande", "piqa", "boolq")
 FOLDERS = ("arc", "openbookqa", "winogrande", "piqa", "super_glue/boolq", "humaneval", "hellaswag")
@@ -70,7 +82,7 @@ def few_folders():
 
 @pytest.fixture(autouse=True)
 def anew():
-    zero_shot._manager.cache_clear()
+    harness_tasks._manager.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +422,7 @@ def test_a_broken_model_has_no_accuracy(own, folder, tmp_path):
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
     hf.lm_head.weight.data[0, 0] = torch.inf
     model = LanguageModel(hf, transformers.AutoTokenizer.from_pretrained(folder))
-    tasks = zero_shot.load([str(own)], cache_dir=str(tmp_path / "cache"))
+    tasks = load_tasks([str(own)], cache_dir=str(tmp_path / "cache"))
     with pytest.raises(RunError, match="NaN or infinite"):
         zero_shot.evaluate(model, tasks, lambda length: 1)
 
@@ -452,24 +464,144 @@ def test_a_tokenizer_without_bos_and_eos(folder, tmp_path):
     assert "no BOS and no EOS" in rolling.failed[requests[0].task_name]
 
 
-def test_a_task_with_an_answer_longer_than_the_window_is_left_out(own, folder, tmp_path):
-    """With the groups that it is a part of; the others have their results, and the run its record."""
+def write_task(place: Path, name: str, rows: list[dict], kind: str, more: str, **changes: str) -> str:
+    """A task file on data of its own; `changes` replace lines of the definition."""
+    (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = OWN.format(name=name, data=place / f"{name}.jsonl", kind=kind, more=more)
+    for key, value in changes.items():
+        made = "\n".join(f"{key}: {value}" if line.startswith(f"{key}:") else line for line in made.splitlines())
+    (place / f"{name}.yaml").write_text(made + "\n")
+    return str(place / f"{name}.yaml")
+
+
+FUNCTIONS = """
+def fail(doc, results):
+    raise ZeroDivisionError("one answer of none")
+
+def ratio(doc, results):
+    return {"acc": 1 / results[0][0]}
+
+def nothing(doc, results):
+    return {}
+
+def overflow(items):
+    return 10.0 ** 400
+
+def no_number(items):
+    return {"a": 1}
+
+def nan(items):
+    return float("nan")
+"""
+OWN_METRIC = "process_results: !function functions.{}\nmetric_list: [{{metric: acc, {} higher_is_better: true}}]"
+LONG = 'doc_to_choice: "{{[answer, question]}}"\nmetric_list: [{metric: acc}]'
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("long", "a continuation of 2401 tokens is longer than the model's window of 512"),
+        ("long ratio", "a continuation of 2401 tokens is longer than the model's window of 512"),
+        ("empty", "the model's tokenizer gives no token for a part of"),
+        ("undefined", "'dict object' has no attribute"),
+        ("fails", "one answer of none"),
+        ("overflows", "OverflowError"),
+        ("writes", "tokens"),
+    ],
+)
+def test_a_task_that_cannot_be_evaluated_is_left_out(broken, says, own, folder, tmp_path):
+    """Before the model, at its answers or after them; the others have their results, and what it is a part of none."""
     rows = [json.loads(line) for line in (own / "data.jsonl").read_text().splitlines()]
-    rows[3]["answer"] = "zq7 " * 600
-    (own / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    alone = (own / "mine.yaml").read_text()
-    long = alone.replace("data.jsonl", "long.jsonl").replace("task: mine", "task: long")
-    long = long.replace("doc_to_choice: [river, stone]", 'doc_to_choice: "{{[answer, question]}}"').replace(
-        'doc_to_target: "{{answer}}"', "doc_to_target: 0"
-    )
-    (own / "long.yaml").write_text(long)
-    group = "group: both\ntask: [mine, long]\naggregate_metric_list:\n  - metric: acc\n"
-    (tmp_path / "both.yaml").write_text(group)
-    expected = main.run(config_of(folder, tmp_path / "alone", tasks=(str(own / "mine.yaml"),), eval_dense=True))
-    expected = expected["zero_shot"]
-    tasks = (str(own), str(tmp_path / "both.yaml"))
-    record = main.run(config_of(folder, tmp_path, tasks=tasks, eval_dense=True))["zero_shot"]
-    assert "longer than the model's window of 512" in record["missing"]["long"]
-    assert "both" not in record["groups"]
-    assert "long" not in record["tasks"]
-    assert record["tasks"]["mine"] == expected["tasks"]["mine"]
+    (own / "functions.py").write_text(FUNCTIONS)
+    kind, more, changes = "multiple_choice", CHOICES, {}
+    if broken.startswith("long"):
+        rows[3]["answer"], more, changes = "zq7 " * 600, LONG, {"doc_to_target": "0"}
+    if broken == "long ratio":
+        more = LONG.splitlines()[0] + "\n" + OWN_METRIC.format("ratio", "aggregation: mean,")
+    elif broken == "empty":
+        kind, more, changes = "loglikelihood", "metric_list: [{metric: acc}]", {"doc_to_text": '""'}
+        rows[5]["answer"] = ""
+    elif broken == "undefined":
+        rows[4]["answer"], changes = {}, {"doc_to_text": '"{{answer.x.y}}"'}
+        rows = [row | {"answer": {"x": {"y": "river"}}} if i != 4 else row for i, row in enumerate(rows)]
+        changes["doc_to_target"] = "0"
+    elif broken == "fails":
+        more = CHOICES.splitlines()[0] + "\n" + OWN_METRIC.format("fail", "aggregation: mean,")
+    elif broken == "overflows":
+        more = CHOICES.splitlines()[0] + "\nmetric_list: "
+        more += "[{metric: acc, aggregation: !function functions.overflow, higher_is_better: true}]"
+    elif broken == "writes":
+        kind, more = "generate_until", "generation_kwargs: {max_gen_toks: 900}\nmetric_list: [{metric: exact_match}]"
+    bad = write_task(own, "bad", rows, kind, more, **changes)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [mine, bad]\naggregate_metric_list: [{metric: acc}]\n")
+    tasks = (str(own / "mine.yaml"), bad, str(tmp_path / "both.yaml"))
+    config = config_of(folder, tmp_path, tasks=tasks, eval_dense=True)
+    record = main.run(config)["zero_shot"]
+    assert says in record["missing"]["bad"]
+    assert list(record["tasks"]) == ["mine"]
+    assert not record["groups"]
+    alone = main.run(config_of(folder, tmp_path / "alone", tasks=tasks[:1], eval_dense=True))["zero_shot"]
+    assert record["tasks"] == alone["tasks"]
+
+
+def test_no_task_is_left(own, folder, tmp_path):
+    rows = [{"question": "river", "answer": "zq7 " * 600}]
+    bad = write_task(own, "bad", rows, "multiple_choice", LONG, doc_to_target="0")
+    record = main.run(config_of(folder, tmp_path, tasks=(bad,), plot=True))
+    assert record["zero_shot"]["mean"]["pruned"] is None
+    assert "bad: left out" in results.summary(record)
+
+
+@pytest.mark.parametrize("function", ["nothing", "no_number", "nan"])
+def test_a_task_without_a_number(function, own, folder, tmp_path):
+    (own / "functions.py").write_text(FUNCTIONS)
+    rows = [{"question": "river", "answer": "stone"}] * 2
+    more = CHOICES.splitlines()[0] + "\n"
+    if function == "nothing":
+        more += OWN_METRIC.format(function, "aggregation: mean,")
+    else:
+        more += f"metric_list: [{{metric: acc, aggregation: !function functions.{function}, higher_is_better: true}}]"
+    bad = write_task(own, "bad", rows, "multiple_choice", more)
+    record = main.run(config_of(folder, tmp_path, tasks=(str(own / "mine.yaml"), bad)))
+    assert record["zero_shot"]["mean"]["tasks"] == ["mine"]
+    assert "bad: gives no number" in results.summary(record)
+    json.loads(json.dumps(record["zero_shot"], allow_nan=False))
+
+
+def test_a_group_is_evaluated_as_far_as_its_data_go(own, folder, tmp_path):
+    """Its members by name or in place, nested; without them it has no value of its own."""
+    inline = (own / "mine.yaml").read_text().replace("task: mine", "task: inline").strip().replace("\n", "\n  ")
+    gone = inline.replace("task: inline", "task: gone").replace("data.jsonl", "gone.jsonl")
+    (own / "inner.yaml").write_text(f"group: inner\ntask:\n- {inline}\n- {gone}\n")
+    (tmp_path / "outer.yaml").write_text("group: outer\ntask: [mine, inner]\naggregate_metric_list: [{metric: acc}]\n")
+    record = main.run(config_of(folder, tmp_path, tasks=(str(own), str(tmp_path / "outer.yaml"))))["zero_shot"]
+    assert set(record["tasks"]) == {"mine", "rolls", "inner::inline"}
+    assert record["tasks"]["inner::inline"]["pruned"] == record["tasks"]["mine"]["pruned"]
+    assert "gone.jsonl" in record["missing"]["gone"]
+    assert not record["groups"]
+
+
+def test_two_tasks_of_one_name_are_refused(own, folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.yaml").write_text((own / "mine.yaml").read_text().replace("answer", "question"))
+    for tasks in ((str(own), str(tmp_path / "other")), (str(own / "mine.yaml"), str(tmp_path / "other" / "mine.yaml"))):
+        with pytest.raises(RunError, match=r"^--tasks: .*mine.yaml and .*mine.yaml both define 'mine'; name one"):
+            main.run(config_of(folder, tmp_path, tasks=tasks))
+    twice = (str(own), f"{own / 'mine.yaml'},{own / 'rolls.yaml'}")
+    assert list(main.run(config_of(folder, tmp_path, tasks=twice))["zero_shot"]["tasks"]) == ["mine", "rolls"]
+
+
+def test_a_task_whose_data_come_while_a_run_is_broken_off(own, folder, tmp_path, monkeypatch):
+    late = write_task(own, "late", [{"question": "river", "answer": "stone"}], "multiple_choice", CHOICES)
+    data = (own / "late.jsonl").read_text()
+    (own / "late.jsonl").unlink()
+    config = config_of(folder, tmp_path, tasks=(str(own / "mine.yaml"), late), stream=True, eval_dense=True)
+    with monkeypatch.context() as patch:
+        accuracies = Evaluator._accuracies
+        cut = lambda self, what: accuracies(self, what) if what == "dense" else (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+        patch.setattr(Evaluator, "_accuracies", cut)
+        with pytest.raises(KeyboardInterrupt):
+            main.run(config)
+    (own / "late.jsonl").write_text(data)
+    record = main.run(config)["zero_shot"]
+    assert all(record["tasks"][name][stage] for name in ("mine", "late") for stage in ("dense", "pruned"))

@@ -38,10 +38,9 @@ def run(config: FinetuneConfig) -> dict:
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         pruning = results.pruning_record(source.path)
-        calibrated = pruning and pruning["config"].get("seqlen")
-        seqlen = config.window(context_length(load_config(source)), calibrated or 2048)
+        seqlen = config.window(context_length(load_config(source)), _recorded_length(pruning) or 2048)
         tokenizer = load_tokenizer(source)
-        teacher_source = _find_teacher(config, tokenizer)
+        teacher_source = _find_teacher(config, load_config(source), tokenizer, seqlen)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
         tasks = read_tasks(config, tokenizer, events)
         from .train import check_optimiser, train  # the Trainer takes seconds to import
@@ -69,7 +68,7 @@ def run(config: FinetuneConfig) -> dict:
         return {"loss": held_out and math.log(held_out), "perplexity": found, "accuracies": accuracies}
 
     state = results.TrainingState(config, described["digest"])
-    before = state.cached("before", lambda: measure("before"))
+    before = state.cached(f"before{f' {tasks.digest}' if tasks else ''}", lambda: measure("before"))
     log.info("before: %s", _said(before))
     with clock("teacher"):
         teacher = teacher_source and _teach(config, teacher_source, tokenizer, model, windows, batch, state)
@@ -124,6 +123,12 @@ def run(config: FinetuneConfig) -> dict:
     return record
 
 
+def _recorded_length(pruning: dict | None) -> int | None:
+    """Tokens a window of what the checkpoint was made with last: its fine-tuning, or the calibration."""
+    last = (pruning or {}).get("training") or (pruning or {}).get("config") or {}
+    return last.get("seqlen")
+
+
 def _texts(config: FinetuneConfig, tokenizer, seqlen: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Windows to train on, windows of that text held out, and windows of the text evaluated on, as far as they are
     asked for; they share nothing.
@@ -170,13 +175,20 @@ def _note_other_zeros(model: LanguageModel, events: list[dict]) -> None:
         note(events, f"zeros outside the prunable matrices are trained like other weights: {', '.join(filled)}")
 
 
-def _find_teacher(config: FinetuneConfig, tokenizer) -> Source | None:
-    """Where the teacher comes from. Raises RunError where its tokens are not the student's."""
+def _find_teacher(config: FinetuneConfig, student, tokenizer, seqlen: int) -> Source | None:
+    """Where the teacher comes from. Raises RunError where its tokens are not those of the student, whose configuration
+    is given, or its window is shorter than `seqlen`.
+    """
     if config.teacher is None:
         return None
     with teacher_errors(config.teacher):
         source = find_source(config.teacher, config.cache_dir, config.trust_remote_code)
-        own = load_tokenizer(source)
+        own, its = load_tokenizer(source), load_config(source)
+    if (limit := context_length(its)) and limit < seqlen:
+        raise RunError(f"--teacher {config.teacher}: its window is {limit} tokens; give --seqlen {limit} or less")
+    sizes = [getattr(each.get_text_config(), "vocab_size", None) for each in (its, student)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise RunError(f"--teacher {config.teacher}: has {sizes[0]} tokens, and the model that learns has {sizes[1]}")
     if own.get_vocab() != tokenizer.get_vocab():
         raise RunError(f"--teacher {config.teacher}: has another vocabulary than --model {config.model}")
     return source

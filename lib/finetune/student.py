@@ -195,11 +195,12 @@ class PlainLora(Student):
         from peft import get_peft_model
 
         chosen = targeted(model, targets)
-        modules = [matrix.name for matrix in chosen if matrix.expert is None]
+        plain = [matrix for matrix in chosen if matrix.expert is None]
+        modules = [matrix.name for matrix in plain]
         stacks = [_path(model, matrix) for matrix in stored_once(chosen) if matrix.expert is not None]
         config = _config(
             r=rank, lora_alpha=alpha, target_modules=modules or None, target_parameters=stacks or None,
-            fan_in_fan_out=all(matrix.transposed for matrix in chosen), task_type="CAUSAL_LM",
+            fan_in_fan_out=bool(plain) and all(matrix.transposed for matrix in plain), task_type="CAUSAL_LM",
         )  # fmt: skip
         try:
             adapted = get_peft_model(model.model, config)

@@ -76,7 +76,8 @@ def pruning_record(folder: str | Path) -> dict | None:
         record = json.loads((Path(folder) / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and "run" in record else None
+    config = record.get("config") if isinstance(record, dict) and "run" in record else None
+    return record if isinstance(config, dict) and isinstance(config.get("model"), str) else None
 
 
 def finetuned_record(config: Flags, model: dict, layers: list[dict], seconds: dict, events: list[dict], **rest) -> dict:
@@ -115,6 +116,7 @@ def save_adapter(adapted, tokenizer, base: str, folder: str | Path) -> None:
             each.base_model_name_or_path = base
         adapted.save_pretrained(temporary)
         save_tokenizer(tokenizer, temporary)
+        write_text(temporary / RECORD_FILE, "{}\n")
     log.info("adapter saved: %s", folder)
 
 

@@ -288,9 +288,13 @@ def accuracy_lines(zero_shot: dict) -> list[str]:
         return f"  {name[:26]:26}{was:>10}{now:>10.4f}" + (f" ± {error:.4f}" if error else "")
 
     for name, task in zero_shot["tasks"].items():
-        counted = (key for key in task[last] if key.partition(",")[0] == zero_shot["mean"]["metric"])
-        metric = next(counted, next(iter(task[last])))
-        was = task[first] and task[first][metric]
+        numbers = [key for key, value in task[last].items() if value is not None and "_stderr" not in key]
+        counted = (key for key in numbers if key.partition(",")[0] == zero_shot["mean"]["metric"])
+        metric = next(counted, next(iter(numbers), None))
+        if metric is None:
+            lines.append(f"  {name}: gives no number")
+            continue
+        was = (task[first] or {}).get(metric)
         label = name if metric == zero_shot["mean"]["metric"] else f"{name}, {metric}"
         error = task[last].get("_stderr,".join(metric.split(",")) if "," in metric else f"{metric}_stderr")
         lines.append(row(label, was, task[last][metric], error))
