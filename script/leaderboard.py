@@ -191,6 +191,7 @@ class Board:
 
         The frame is that of the curves: what is more than twice above them is in the table only.
         """
+        from cycler import cycler
         from matplotlib import colormaps  # takes a second to import
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
@@ -202,7 +203,7 @@ class Board:
         curves = dict(sorted(curves.items(), key=lambda curve: -_mean(curve[1][-1][1], text.column)))
         figure = Figure(figsize=(11, 5), layout="constrained")
         axes = figure.subplots()
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=colormaps["tab20"].colors))
         for name, points in curves.items():
             if name == DENSE:
                 axes.axhline(_mean(points[0][1], text.column), color="grey", linestyle=":", label=name)
