@@ -248,6 +248,10 @@ def places(tmp_path_factory):
         shutil.copytree(here / "llama", here / name)
         config = json.loads((here / name / "config.json").read_text())
         (here / name / "config.json").write_text(json.dumps(config | changes))
+    few = tiny_model("llama")
+    few.model.layers[0].mlp.up_proj.weight.data[0, :3] = 0  # as quantisation leaves some
+    few.save_pretrained(here / "few")
+    save_tokenizer(here / "few")
     return here
 
 
@@ -551,6 +555,7 @@ def test_ranks_share_the_windows_and_not_the_result(places, tmp_path):
         ("--save_model {here}/llama_pruned", "holds --model {here}/llama_pruned; name another folder"),
         ("--save_model {here}", "holds --model"),
         ("--model {here}/llama", "is dense: none of its"),
+        ("--model {here}/few", "% of its "),
         ("--lora_targets qproj", "has no matrix called qproj"),
         ("--seqlen 100", "--seqlen 100: the model's limit is 64"),
         ("--teacher {here}/short --seqlen 32", "--teacher {here}/short: its window is 16 tokens; give --seqlen 16 or"),

@@ -25,7 +25,8 @@ from .zeros import ZeroMask
 
 log = logging.getLogger(__name__)
 
-FEW_ZEROS = 0.05  # a share of zeros that a model may have which nobody pruned
+DENSE = 0.01  # a share of zeros below which nobody can have pruned a model: quantisation alone leaves some
+FEW_ZEROS = 0.05  # and one that a model may have which nobody pruned
 
 
 def run(config: FinetuneConfig) -> dict:
@@ -153,9 +154,10 @@ def _zeros(model: LanguageModel, events: list[dict]) -> ZeroMask:
     """The model's zeros. Raises RunError where there are none to keep."""
     zeros = ZeroMask(model)
     share = zeros.count / model.prunable_parameters
-    if not zeros.count:
+    if share < DENSE:
+        found = f"only {share:.2%}" if zeros.count else "none"
         raise RunError(
-            f"--model {model.name}: is dense: none of its {model.prunable_parameters} prunable weights is zero; prune "
+            f"--model {model.name}: is dense: {found} of its {model.prunable_parameters} prunable weights is zero; prune "
             "it first, or fine-tune it with peft or the Trainer themselves"
         )
     if share < FEW_ZEROS:
