@@ -157,8 +157,8 @@ def _zeros(model: LanguageModel, events: list[dict]) -> ZeroMask:
     if share < DENSE:
         found = f"only {share:.2%}" if zeros.count else "none"
         raise RunError(
-            f"--model {model.name}: is dense: {found} of its {model.prunable_parameters} prunable weights is zero; prune "
-            "it first, or fine-tune it with peft or the Trainer themselves"
+            f"--model {model.name}: is dense: {found} of its {model.prunable_parameters} prunable weights is zero; "
+            "prune it first, or fine-tune it with peft or the Trainer themselves"
         )
     if share < FEW_ZEROS:
         note(events, f"only {share:.2%} of the prunable weights are zero: was the model pruned?")
