@@ -46,6 +46,7 @@ class HarnessModel(HFLM):
         self._language_model, self._batch, self._bos = model, batch, bos
         self._store, self._what, self.cut = store, what, 0
         self.failed: dict[str, str] = {}
+        self.computing = False  # whether the model is at work: what is raised then is of the model and not of a task
         self._known: dict[bytes, Answer] = {}  # by a digest of the request: no answer is computed twice
         # Without the model itself, whose ties and tokenizer HFLM would set anew.
         inner = SimpleNamespace(
@@ -148,8 +149,10 @@ class HarnessModel(HFLM):
         share_of = ranks.balance([len(read) for read in rows])
         share = [row for row, rank in zip(rows.items(), share_of, strict=True) if rank == ranks.rank()]
         found: dict[int, Answer] = {}
+        self.computing = True
         for part in ranks.all_gather(dict(self._answers(share, requests))):
             found |= part
+        self.computing = False
         if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
         self._known |= {_key(requests[number]): answer for number, answer in found.items()}

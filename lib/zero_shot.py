@@ -45,6 +45,8 @@ def evaluate(
         except (RunError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception:  # a task is a program of its own
+            if seen.computing:
+                raise
             failed = _failures(seen, tasks)
             if not (failed | seen.failed).keys() & {*tasks.names}:
                 raise

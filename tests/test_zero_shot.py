@@ -544,6 +544,14 @@ def test_a_task_that_cannot_be_evaluated_is_left_out(broken, says, own, folder, 
     assert record["tasks"] == alone["tasks"]
 
 
+def test_what_the_model_raises_is_no_tasks_fault(own, folder, tmp_path, monkeypatch):
+    from lib import harness
+
+    monkeypatch.setattr(harness, "last_hidden_states", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.run(config_of(folder, tmp_path, tasks=(str(own),)))
+
+
 def test_no_task_is_left(own, folder, tmp_path):
     rows = [{"question": "river", "answer": "zq7 " * 600}]
     bad = write_task(own, "bad", rows, "multiple_choice", LONG, doc_to_target="0")
