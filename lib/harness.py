@@ -140,9 +140,10 @@ class HarnessModel(HFLM):
         for owner, request in owned:
             if owner not in self.failed and (reason := self._unfit(request)):
                 self.failed[owner] = reason
+        keys = [_key(request) for request in requests]
         rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and the requests that it answers
         for number, (owner, request) in enumerate(owned):
-            if owner not in self.failed and _key(request) not in self._known:
+            if owner not in self.failed and keys[number] not in self._known:
                 read = tuple(_read(request))
                 rows.setdefault(read, []).append(number)
                 self.cut += len(read) > self.max_length
@@ -155,8 +156,8 @@ class HarnessModel(HFLM):
         self.computing = False
         if not all(math.isfinite(value) for value, _ in found.values()):
             raise RunError(f"{self._what}: log-likelihoods are NaN or infinite; try --dtype float32 or bfloat16")
-        self._known |= {_key(requests[number]): answer for number, answer in found.items()}
-        return [self._known.get(_key(request), (0.0, False)) for request in requests]
+        self._known |= {keys[number]: answer for number, answer in found.items()}
+        return [self._known.get(key, (0.0, False)) for key in keys]
 
     def _unfit(self, request: Request) -> str | None:
         """Why a request cannot be scored, if it cannot."""

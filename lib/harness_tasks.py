@@ -146,8 +146,9 @@ def _manager(given: tuple[str, ...]):
         log.info("lm_eval %s: reading its list of tasks", importlib.metadata.version("lm_eval"))
     manager = TaskManager(include_path=folders or None, include_defaults=named)
     for path in files:  # by name, as those of folders are; by its path the harness takes no group
-        manager.task_index.pop(_name(path), None)
-        TaskIndex.process_cfg(_yaml(path), path, manager.task_index)
+        definition = definitions[path.resolve()]
+        manager.task_index.pop(_name(path, definition), None)
+        TaskIndex.process_cfg(definition, path, manager.task_index)
     return manager
 
 
@@ -155,9 +156,14 @@ def _check_names(definitions: dict[Path, dict]) -> None:
     """Raises RunError where two files define one name: of which the harness takes any."""
     known: dict[str, Path] = {}
     for path, definition in definitions.items():
-        name = definition.get("group") or definition.get("task")
+        name = _given_name(definition)
         if isinstance(name, str) and known.setdefault(name, path) != path:
             raise RunError(f"--tasks: {known[name]} and {path} both define '{name}'; name one")
+
+
+def _given_name(definition: dict) -> object:
+    """What a definition calls its group or task; no text where it names none."""
+    return definition.get("group") or definition.get("task")
 
 
 def _definitions(folder: Path) -> list[Path]:
@@ -174,10 +180,9 @@ def _yaml(path: Path) -> dict:
         raise RunError(f"--tasks {path}: {reason_of(error)}") from error
 
 
-def _name(path: Path) -> str:
+def _name(path: Path, definition: dict) -> str:
     """Of the group or the task that a file defines. Raises RunError where it defines none."""
-    definition = _yaml(path)
-    name = definition.get("group") or definition.get("task")
+    name = _given_name(definition)
     if not isinstance(name, str):
         raise RunError(f"--tasks {path}: names no task (`task: NAME`) and no group")
     return name
@@ -194,7 +199,7 @@ def _resolve(manager, word: str) -> list[str]:
             raise RunError(f"--tasks {word}: holds no task (a .yaml with `task: NAME`)")
         return names
     if path.is_file():
-        return [_name(path)]
+        return [_name(path, _yaml(path))]
     if word in manager.all_tags:
         return sorted(manager.task_index[word].tags)
     if word in manager.task_index:

@@ -8,7 +8,7 @@ from .errors import RunError
 
 T = TypeVar("T")
 
-LISTED = 20  # names that a message lists; of more, --help has them
+LISTED = 20  # names that a message, or docs/flags.md, lists; of more, --help has them
 
 
 def unknown_name(flag: str, name: str, known: Iterable[str]) -> RunError:

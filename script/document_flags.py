@@ -16,6 +16,7 @@ from generate import GenerateFlags
 from lib.config import RunConfig
 from lib.finetune.config import FinetuneConfig
 from lib.flags import Flags, default_of, spellings
+from lib.registry import LISTED
 
 PAGE = Path(__file__).parents[1] / "docs" / "flags.md"
 HEAD = """# Flags
@@ -23,7 +24,6 @@ HEAD = """# Flags
 What each command takes, by what one is doing; flags of the published code come first. This page is what `--help` says,
 written by `python script/document_flags.py`.
 """
-MANY = 20  # choices, from which on --help lists them and the page does not
 
 
 def page() -> str:
@@ -54,7 +54,7 @@ def _default(item: Field) -> str:
 def _meaning(item: Field) -> str:
     choices = item.metadata["choices"]() if "choices" in item.metadata else []
     text = _marked(item.metadata["help"])
-    if len(choices) > MANY:
+    if len(choices) > LISTED:
         return f"{text}; `--help` lists them"
     return f"{text}; one of {', '.join(f'`{word}`' for word in choices)}" if choices else text
 

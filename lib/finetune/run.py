@@ -39,15 +39,16 @@ def run(config: FinetuneConfig) -> dict:
     with clock("load"):
         source = find_source(config.model, config.cache_dir, config.trust_remote_code)
         pruning = results.pruning_record(source.path)
-        seqlen = config.window(context_length(load_config(source)), _recorded_length(pruning) or 2048)
+        architecture = load_config(source)
+        seqlen = config.window(context_length(architecture), _recorded_length(pruning) or 2048)
         tokenizer = load_tokenizer(source)
-        teacher_source = _find_teacher(config, load_config(source), tokenizer, seqlen)
+        teacher_source = _find_teacher(config, architecture, tokenizer, seqlen)
         windows, validation, evaluation = _texts(config, tokenizer, seqlen)
         tasks = read_tasks(config, tokenizer, events)
         from .train import check_optimiser, train  # the Trainer takes seconds to import
 
         check_optimiser(config)
-        model = load_model(source, config.device, config.held(load_config(source).dtype), tokenizer, config.save_dtype)
+        model = load_model(source, config.device, config.held(architecture.dtype), tokenizer, config.save_dtype)
         model.check(Pattern(), windows, validation, evaluation)
         described = describe(model, events, source)
         zeros = _zeros(model, events)
