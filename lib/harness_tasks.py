@@ -66,6 +66,9 @@ class Tasks:
     def leave_out(self, name: str, why: str) -> None:
         """Drop a task, and the groups that it is a part of."""
         log.warning("--tasks %s: left out, %s", name, why)
+        self._drop(name, why)
+
+    def _drop(self, name: str, why: str) -> None:
         self.missing[name] = why
         del self.loaded["tasks"][name]
         for key, group in list(self.loaded["groups"].items()):
@@ -106,9 +109,10 @@ def load_tasks(
                     _refuse(task.task_name, asks, streamed, bos, getattr(task, "MULTIMODAL", False))
                 _add(tasks, found)
         tasks._dice = random.getstate(), numpy.random.get_state()
-    for others in ranks.all_gather(tasks.missing):
-        tasks.missing |= others
-    tasks.loaded["tasks"] = {k: task for k, task in tasks.loaded["tasks"].items() if k not in tasks.missing}
+    for name, why in [item for others in ranks.all_gather(dict(tasks.missing)) for item in others.items()]:
+        if name in tasks.names:
+            tasks._drop(name, why)  # which another rank lacks
+        tasks.missing[name] = why
     if not tasks.names:
         reasons: dict[str, list[str]] = {}
         for name, why in tasks.missing.items():

@@ -29,6 +29,7 @@ from lib import (
     find_source,
     harness_tasks,
     open_model,
+    ranks,
     results,
     workspace,
     zero_shot,
@@ -348,6 +349,15 @@ def test_a_group_counts_a_task_once(own, hub, folder, tmp_path):
     assert record["mean"]["pruned"] == pytest.approx(sum(values) / len(values))
     assert len(record["mean"]["tasks"]) == len(set(record["mean"]["tasks"]))
     assert record["groups"]["both"]["pruned"]["acc"] > 0
+
+
+def test_a_task_that_another_rank_lacks_is_left_out_with_its_groups(hub, tmp_path, monkeypatch):
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [arc_challenge, arc_easy]\n")
+    monkeypatch.setattr(ranks, "all_gather", lambda mine: [mine, {"arc_easy": "a full disk"}])
+    tasks = load_tasks([str(tmp_path / "both.yaml"), "piqa"], cache_dir=str(tmp_path))
+    assert tasks.names == ["arc_challenge", "piqa"]
+    assert tasks.loaded["groups"] == {}
+    assert tasks.missing == {"arc_easy": "a full disk"}
 
 
 def test_what_cannot_be_had_is_left_out_and_said(hub, folder, tmp_path):
