@@ -1,8 +1,10 @@
-"""script/: the published settings, by the name of each model's script."""
+"""script/: the published settings, by the name of each model's script; the table of accuracies."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from shared import ROOT
@@ -58,3 +60,21 @@ def test_an_unknown_name_is_refused(scripts):
         done = run(scripts / "published.sh", *words)
         assert (done.returncode, done.stdout) == (2, "")
         assert "is none of llama_7b llama_13b" in done.stderr
+
+
+def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path):
+    def write(name: str, tasks: dict[str, float]) -> str:
+        entries = {task: {"pruned": {"acc": value, "acc_stderr": 0.03}} for task, value in tasks.items()}
+        found = {"stages": ["pruned"], "tasks": entries, "mean": {"pruned": 0.5}}
+        record = {"run": name, "config": {"model": "one", "prune_method": "alps"}, "zero_shot": found}
+        (tmp_path / name).write_text(json.dumps(record))
+        return str(tmp_path / name)
+
+    runs = [write("alps-0.5", {"a": 0.4, "b": 0.6}), write("alps-0.5-recover", {"a": 0.5, "b": 0.7, "c": 0.1})]
+    command = [sys.executable, str(ROOT / "script/accuracy_table.py"), *runs]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() == [
+        "| model | a | b | c | mean |",
+        "|---|---|---|---|---|",
+        "| `alps-0.5` | 40.0 ± 3.0 | 60.0 ± 3.0 | - | 50.0 ± 2.1 |",
+        "| `alps-0.5-recover` | 50.0 ± 3.0 | 70.0 ± 3.0 | 10.0 ± 3.0 | 60.0 ± 2.1 |",
+    ]
