@@ -66,10 +66,10 @@ class Tasks:
     def leave_out(self, name: str, why: str) -> None:
         """Drop a task, and the groups that it is a part of."""
         log.warning("--tasks %s: left out, %s", name, why)
-        self._drop(name, why)
-
-    def _drop(self, name: str, why: str) -> None:
         self.missing[name] = why
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
         del self.loaded["tasks"][name]
         for key, group in list(self.loaded["groups"].items()):
             if name in [task.task_name for task in group.get_all_tasks()]:
@@ -109,10 +109,10 @@ def load_tasks(
                     _refuse(task.task_name, asks, streamed, bos, getattr(task, "MULTIMODAL", False))
                 _add(tasks, found)
         tasks._dice = random.getstate(), numpy.random.get_state()
-    for name, why in [item for others in ranks.all_gather(dict(tasks.missing)) for item in others.items()]:
-        if name in tasks.names:
-            tasks._drop(name, why)  # which another rank lacks
-        tasks.missing[name] = why
+    for others in ranks.all_gather(tasks.missing):
+        tasks.missing |= others
+    for name in tasks.missing.keys() & {*tasks.names}:
+        tasks._drop(name)  # which some rank lacks
     if not tasks.names:
         reasons: dict[str, list[str]] = {}
         for name, why in tasks.missing.items():
