@@ -16,7 +16,7 @@ from .masks import Pattern
 from .metrics import METRICS
 from .options import Option, options_of
 from .pruners import PRUNERS
-from .run_flags import OPTIONED, RECOVERY_WINDOWS, RunFlags, prune_methods
+from .run_flags import DISTILL, OPTIONED, RECOVERY_WINDOWS, RunFlags, prune_methods
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
@@ -40,8 +40,8 @@ ANALYSIS = (
 )  # fmt: skip
 # Fields that come after the sparsities are known, where --plan_only stops.
 AFTER_PLAN = (
-    "recover", "recover_nsamples", "eval_wikitext", "eval_data", "eval_windows", "eval_dense", "eval_zero_shot",
-    "tasks", "task_limit", "save_model", "save_dtype", "restart",
+    "recover", "eval_wikitext", "eval_data", "eval_windows", "eval_dense", "eval_zero_shot", "tasks", "task_limit",
+    "save_model", "save_dtype", "restart",
 )  # fmt: skip
 
 
@@ -70,6 +70,10 @@ class RunConfig(RunFlags):
                 )
             if self.calibrated and not self.writes_own_text:
                 find_corpus("--calib_data", self.calib_data)
+            if self.distils:
+                # What the dense model writes is drawn from its distribution, and has nothing to tell beside it.
+                usual = 1.0 if self.writes_own_text else DISTILL
+                object.__setattr__(self, "distill", float(usual if self.distill is None else self.distill))
         self.check_shared()
 
     def _check_ratio(self) -> None:
@@ -133,7 +137,7 @@ class RunConfig(RunFlags):
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
         if self.stream and self.writes_own_text:
             raise RunError(f"--stream: holds one block at a time, while --calib_data {OWN_TEXT} takes the whole model")
-        if self.stream and "model" in self.recover and self.recovers:
+        if self.stream and self.distils:
             raise RunError("--stream: holds one block at a time, while --recover model trains the whole model")
 
     @property
@@ -167,6 +171,11 @@ class RunConfig(RunFlags):
     def recovers(self) -> bool:
         """Whether what pruning leaves is trained."""
         return "none" not in self.recover and not self.plan_only
+
+    @property
+    def distils(self) -> bool:
+        """Whether the whole model is trained."""
+        return self.recovers and "model" in self.recover
 
     @property
     def further(self) -> int:
@@ -207,7 +216,7 @@ class RunConfig(RunFlags):
     @property
     def copies(self) -> int:
         """Of the prunable weights, what the run holds beside them at most: training has 17 bytes a weight."""
-        return 8 if self.recovers and "model" in self.recover else int(self.held_out > 0)
+        return 8 if self.distils else int(self.held_out > 0)
 
     @property
     def options(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""Recovery of the whole model: what pruning has left is trained towards the dense model's distribution.
+"""Recovery of the whole model: what pruning has left is trained towards the dense model's distribution and the text.
 
-The loss is the Kullback-Leibler divergence to it (knowledge distillation, Hinton et al. 2015), of which the dense
-model's largest probabilities are told apart and the rest is one.
+The loss is the Kullback-Leibler divergence to the dense model's distribution mixed with the token that follows
+(knowledge distillation, Hinton et al. 2015), of which the likeliest tokens are told apart and the rest is one.
 """
 
 import logging
@@ -26,6 +26,7 @@ from .training import Recipe, train
 log = logging.getLogger(__name__)
 
 TOP_K = 32  # probabilities of a token that are told apart
+NONE = -1  # in place of a token
 MIN_LOG_PROB = -100.0  # of a log-probability: of one that is 0 there is no product with 0
 AT_ONCE = 2**21  # logits whose divergence is computed together: in float32 they stay in a CPU's caches
 
@@ -35,10 +36,11 @@ RECIPE = Recipe(epochs=1, windows=2, learning_rate=3e-3, min_lr_ratio=0.1, warmu
 
 @dataclass(frozen=True)
 class Targets:
-    """What the dense model says of this rank's windows, on the host.
+    """What should follow each token of this rank's windows, on the host.
 
     windows    (n, S) token ids
-    ids        (n, S, TOP_K) int32, the tokens that it takes to be the likeliest to follow each
+    ids        (n, S, TOP_K) int32, the tokens that the dense model takes to be the likeliest to follow each; the one
+               that does is among them where it has a share
     log_probs  (n, S, TOP_K + 1) float32, their log-probabilities in nats, and last that of all others together
     """
 
@@ -48,8 +50,12 @@ class Targets:
 
 
 @torch.no_grad()
-def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1) -> Targets:
+def dense_targets(model: LanguageModel, windows: Tensor, *, label_share: float = 0.0, batch_size: int = 1) -> Targets:
     """The targets of windows (n, S), of which each rank takes its share; of a model that is not pruned yet.
+
+    A target is the model's distribution times 1 - label_share, and label_share for the token that follows. Towards such
+    a mixture the divergence is, but for a constant, the two losses in these shares. The last token of a window, which
+    none follows, has the model's distribution alone.
 
     A model in float32 is passed in bfloat16 where the processor multiplies in it, as it is in training: that moves its
     distribution by less than a thousandth of a nat (docs/log.md).
@@ -61,15 +67,28 @@ def dense_targets(model: LanguageModel, windows: Tensor, *, batch_size: int = 1)
         passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
     with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
         for tokens, hidden in last_hidden_states(model, shard, batch_size):
-            parts = [_likeliest(logits) for logits in logits_in_parts(model, hidden)]
-            found.append([torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)])
+            following, parts = F.pad(tokens[:, 1:], (0, 1), value=NONE), []
+            for logits in logits_in_parts(model, hidden):
+                here, following = following.tensor_split([logits.shape[1]], dim=1)
+                parts.append(_mixed(logits, here.to(logits.device), label_share))
+            found.append([torch.cat(kind, dim=1).cpu() for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
     return Targets(shard, *(torch.cat(kind) for kind in zip(*found, strict=True)))
 
 
-def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    ids = logits.topk(min(TOP_K, logits.shape[-1] - 1)).indices
-    return ids.int().cpu(), log_probabilities(logits, ids).cpu()
+def _mixed(logits: Tensor, following: Tensor, label_share: float) -> tuple[Tensor, Tensor]:
+    """Of logits (..., vocabulary) and the tokens (...) that follow, NONE where none does, the targets' ids and
+    log-probabilities.
+    """
+    ids, label = logits.topk(min(TOP_K, logits.shape[-1] - 1)).indices, following[..., None]
+    if not label_share:
+        return ids.int(), log_probabilities(logits, ids)
+    unlikely = (label != NONE) & (ids != label).all(-1, keepdim=True)
+    ids[..., -1:] = torch.where(unlikely, label, ids[..., -1:])
+    share = label_share * (label != NONE)
+    probabilities = log_probabilities(logits, ids).exp() * (1 - share)
+    probabilities[..., :-1] += share * (ids == label)
+    return ids.int(), probabilities.log().clamp(min=MIN_LOG_PROB)
 
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
@@ -148,5 +167,5 @@ def distil(model: LanguageModel, targets: Targets, *, batch_size: int = 1) -> li
         frozen = [parameter for parameter in model.model.parameters() if parameter not in trained]
         totals = train(model.matrices, len(targets.windows), batch_size, loss, RECIPE, frozen)
     means = [total / tokens for total in totals]
-    log.info("divergence from the dense model: %s nats a token", ", ".join(f"{mean:.4f}" for mean in means))
+    log.info("divergence from the targets: %s nats a token", ", ".join(f"{mean:.4f}" for mean in means))
     return means

@@ -32,7 +32,7 @@ def flag(default, text: str, *, group: str, **metadata):
     when     the field or property without which it is not read
     shown    the default in words, where it is none that the field could have
     option   the Option that declared it, of a parameter of an allocation, a pruner or a metric
-    later    a flag that runs had names before: it is a part of them only where it is given
+    before   what runs did before there was the flag: of that value it is no part of their names
     """
     return field(default=default, metadata={"help": text, "group": group, **metadata})
 
@@ -94,7 +94,7 @@ class Flags:
         """The configuration of a run that was recorded, which is not checked again."""
         config = object.__new__(cls)
         for item in fields(cls):
-            value = values.get(item.name, item.default)
+            value = values.get(item.name, item.metadata.get("before", item.default))
             object.__setattr__(config, item.name, tuple(value) if isinstance(value, list) else value)
         return config
 
@@ -174,11 +174,12 @@ class Flags:
 
     def result_flags(self) -> dict:
         """The flags that decide a run's result."""
-        known = fields_of(self)
+        before = {item.name: item.metadata["before"] for item in fields(self) if "before" in item.metadata}
+        unread = self.unread()
         flags = {
             name: value
             for name, value in self.effective().items()
-            if name not in self.apart and not (known[name].metadata.get("later") and value == known[name].default)
+            if name not in self.apart and not (name in before and (name in unread or value == before[name]))
         }
         if Path(self.model).exists():
             flags["model"] = str(Path(self.model).resolve())

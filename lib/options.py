@@ -44,7 +44,9 @@ class Option:
         """Its field in a configuration."""
         holds = {"within": self.within, "above": self.above, "auto": bool(self.auto), "read": self.read}
         holds = {key: value for key, value in holds.items() if value is not None and value is not False}
-        return flag(self.default, self.help, group="method", later=self.read is not None, option=self, **holds)
+        if self.read:
+            holds["before"] = self.default
+        return flag(self.default, self.help, group="method", option=self, **holds)
 
 
 def no_auto(options: Iterable[Option]) -> None:

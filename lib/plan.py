@@ -154,9 +154,9 @@ def apply_plan(
     dense, seen = None, windows.calibration
     if block:
         seen, kwargs["stats_windows"] = windows.recovery, len(windows.calibration)
-    if "model" in config.recover and any(targets.values()):
+    if config.distils and any(targets.values()):
         with clock("targets"):
-            dense = dense_targets(model, windows.recovery, batch_size=batch_size)
+            dense = dense_targets(model, windows.recovery, label_share=1 - config.distill, batch_size=batch_size)
     prune_to_targets(
         config, model, targets, planned["asymmetry"], seen, recovery=block, batch_size=batch_size, clock=clock,
         events=events, **kwargs,

@@ -13,6 +13,7 @@ from .shared_flags import DTYPES, SharedFlags
 OPTIONED = (ALLOCATIONS, PRUNERS, METRICS)  # whose entries have options, which are flags
 RECOVERIES = ("none", "block", "model")
 RECOVERY_WINDOWS = 2  # in multiples of --nsamples
+DISTILL = 0.5
 
 
 def prune_methods() -> dict[str, tuple[str, str]]:
@@ -92,18 +93,23 @@ class RunFlags(SharedFlags):
     )  # fmt: skip
     recover: tuple[str, ...] = flag(
         ("none",), "train the weights that are left, zeros staying: block, of each block towards the dense block's "
-        "output; model, of the whole model towards the dense model's distribution; or both, block model",
+        "output; model, of the whole model towards the dense model's distribution and the text; or both, block model",
         group="method", choices=lambda: list(RECOVERIES),
     )  # fmt: skip
     recover_nsamples: int | None = flag(
         None, "windows that recovery trains on: those of --nsamples, and further ones of the same text", group="method",
         when="recovers", least=1, shown=f"{RECOVERY_WINDOWS} times --nsamples",
     )  # fmt: skip
+    distill: float | None = flag(
+        None, "share of --recover model's loss that is the divergence from the dense model's distribution, in [0, 1]; "
+        "the rest is the cross-entropy of the text", group="method", when="distils", within=(0, 1), before=1.0,
+        shown=f"{DISTILL:g}, and 1 with --calib_data self",
+    )  # fmt: skip
     analyze_only: bool = flag(
         False, "measure every --WW_metric and stop; reads a checkpoint matrix by matrix, however large", group="method"
     )
     plan_only: bool = flag(
-        False, "stop when the sparsities are known: write them, and prune nothing", group="method", later=True
+        False, "stop when the sparsities are known: write them, and prune nothing", group="method", before=False
     )
     calib_data: str = flag(
         "c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self: text that the dense model writes",

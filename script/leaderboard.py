@@ -98,6 +98,7 @@ def settings(config: RunConfig) -> str:
             "fisher",
             "recover",
             "recover_nsamples",
+            "distill",
         )
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )

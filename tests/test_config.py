@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from lib import run_flags
 from lib.allocation import ALLOCATIONS
 from lib.config import TOKENS_AT_ONCE, RunConfig, prune_methods
 from lib.errors import RunError
@@ -24,7 +25,7 @@ DECIDING = {
     "eval_dense": True, "analyze_only": True, "stream": True, "owl_lambda": 0.1, "owl_m": 3.0, "dlp_alpha": 0.1,
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
     "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
-    "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json",
+    "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json", "distill": 0.3,
 }  # fmt: skip
 # What else has to be given for a field to be read, where the method is wanda_ww.
 READ_WITH = {
@@ -32,7 +33,8 @@ READ_WITH = {
     **{name: {"prune_method": "wanda_owl"} for name in ("owl_lambda", "owl_m")},
     **{f"{name}_alpha": {"prune_method": f"wanda_{name}"} for name in ("dlp", "lsa")},
     "ramp_beta": {"prune_method": "wanda_ramp"}, "search_strength": {"prune_method": "wanda_search"},
-    "recover_nsamples": {"recover": "block"}, "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
+    "recover_nsamples": {"recover": "block"}, "distill": {"recover": "model"},
+    "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
     **{name: {"eval_zero_shot": True} for name in ("tasks", "task_limit")},
 }  # fmt: skip
 INDIFFERENT = {
@@ -126,6 +128,28 @@ def test_windows_of_recovery(configure):
     assert configure(recover="model", nsamples=16).streamed_windows == 16
     assert configure(prune_method="magnitude", recover="block").calibrated
     assert configure(recover_nsamples=1).unused_flags() == ["--recover_nsamples"]
+
+
+def test_loss_of_recovery(configure):
+    """The dense model's own text has nothing to tell beside the distribution that it is drawn from."""
+    assert configure(recover="model").distill == run_flags.DISTILL < 1
+    assert configure(recover="model", calib_data="self").distill == 1
+    assert configure(recover=("block", "model"), calib_data="self", distill=0.75).distill == 0.75
+    assert configure(recover="block", distill=0.75).unused_flags() == ["--distill"]
+    assert (configure().distill, configure(recover="model", plan_only=True).distill) == (None, None)
+    with pytest.raises(RunError, match=r"^--distill 1.5: must lie in \[0, 1\]"):
+        configure(recover="model", distill=1.5)
+
+
+def test_runs_from_before_a_flag_keep_their_names(configure):
+    """What such a run did is what the flag's `before` says, and of that value the flag is no part of a name."""
+    config = configure(recover="model", distill=1)
+    assert "distill" not in config.result_flags()
+    assert configure(recover="model").result_flags()["distill"] < 1
+    assert "distill" not in configure(recover="block", distill=0.3).result_flags()
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "distill"}
+    assert RunConfig.recorded(values).distill == 1
+    assert RunConfig.recorded(values).digest == config.digest
 
 
 # ---------------------------------------------------------------- the run's name

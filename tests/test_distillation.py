@@ -5,11 +5,12 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_checkpoints import run
 from tiny import tiny_model, tiny_tokens
 from toy import Block, Toy
 
-from lib import PRUNERS, LanguageModel, Pattern, distillation, find_source, own_text, precision, prune_model
+from lib import PRUNERS, LanguageModel, Pattern, distillation, evaluate, find_source, own_text, precision, prune_model
 from lib.distillation import Divergence, dense_targets, distil, log_probabilities
 from lib.load import load_model
 
@@ -78,6 +79,48 @@ def test_targets_are_the_models_own_distribution(fast, architecture, kept, monke
     torch.testing.assert_close(targets.log_probs[..., :-1].double().exp(), largest, **near)
     torch.testing.assert_close(targets.log_probs[..., -1].double().exp(), 1 - largest.sum(-1), **near)
     assert torch.equal(targets.windows, tokens)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_token_that_follows_is_a_share_of_the_target(share, monkeypatch):
+    """Towards the mixture the loss has the gradient of divergence and cross-entropy in their shares (float64)."""
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "TOP_K", 5)
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 96 * 2 * 5)  # five tokens of two windows
+    model, tokens = LanguageModel(tiny_model("llama_tied")), tiny_tokens(3)
+    own, mixed = (dense_targets(model, tokens, label_share=part, batch_size=2) for part in (0.0, share))
+    label = tokens[:, 1:, None]
+    assert (mixed.ids[:, :-1] == label).sum(-1).eq(1).all()
+    assert (own.ids[:, :-1] == label).any(-1).float().mean() < 0.5  # most are put in for the fifth
+    torch.testing.assert_close(mixed.log_probs.exp().sum(-1), torch.ones(tokens.shape))
+    assert torch.equal(mixed.ids[:, -1], own.ids[:, -1])
+    torch.testing.assert_close(mixed.log_probs[:, -1], own.log_probs[:, -1])
+
+    ids, wanted = mixed.ids[:, :-1].long(), mixed.log_probs[:, :-1]
+    with torch.no_grad():
+        dense = grouped(model.model(tokens).logits[:, :-1].double().softmax(-1), ids)
+    logits = 3 * torch.randn(*ids.shape[:2], 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def reference(logits: torch.Tensor) -> torch.Tensor:
+        divergence = (dense * (dense / grouped(logits.softmax(-1), ids)).log()).sum()
+        return (1 - share) * divergence + share * F.cross_entropy(logits.mT, label[..., 0], reduction="sum")
+
+    def ours(logits: torch.Tensor) -> torch.Tensor:
+        return Divergence.apply(*(kind.flatten(0, 1) for kind in (logits, ids, wanted)))
+
+    torch.testing.assert_close(gradient(ours, logits), gradient(reference, logits), rtol=1e-4, atol=1e-5)
+
+
+def grouped(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The probabilities of `ids` and, last, of all others."""
+    told_apart = probabilities.gather(-1, ids)
+    return torch.cat([told_apart, 1 - told_apart.sum(-1, keepdim=True)], dim=-1)
+
+
+def gradient(loss, at: torch.Tensor) -> torch.Tensor:
+    at = at.clone().requires_grad_()
+    loss(at).backward()
+    return at.grad
 
 
 def test_training_is_that_of_a_reference(monkeypatch):
@@ -161,7 +204,8 @@ def test_a_run_recovers_on_the_models_own_text(tmp_path, monkeypatch):
     assert record["config"]["recover"] == ["block", "model"]
     assert all(layer["sparsity"] == 0.5 for layer in record["layers"])
     plain, _ = run(tmp_path, "plain", **{**options, "recover": "none", "recover_nsamples": None})
-    assert record["perplexity"]["pruned"] != plain["perplexity"]["pruned"]
+    labelled, _ = run(tmp_path, "labelled", **options, distill=0.5)
+    assert len({each["perplexity"]["pruned"] for each in (record, plain, labelled)}) == 3
     model = load_model(find_source(str(saved)), "cpu", "float32")
     for matrix in model.matrices:
         assert ((matrix.weight.unflatten(1, (-1, 4)) == 0).sum(-1) == 2).all()

@@ -132,7 +132,7 @@ def rows(model: LanguageModel, tmp_path) -> dict:
 
 
 def distilled(model: LanguageModel, tmp_path) -> dict:
-    dense = dense_targets(model, tiny_tokens(), batch_size=2)
+    dense = dense_targets(model, tiny_tokens(), label_share=0.5, batch_size=2)
     pruned(model, tmp_path, PRUNERS["wanda"])
     distil(model, dense, batch_size=2)
     return outcome(model)

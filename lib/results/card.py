@@ -207,9 +207,9 @@ def _settings(config: Flags) -> str:
 
 def _deciding(config: Flags) -> list[tuple[Field, object]]:
     """The fields that decided the run's result, with their values; of switches only those that were turned."""
-    unread, result_flags = config.unread(), config.result_flags()
+    unread = config.unread()
     items = itertools.chain.from_iterable(config.groups().values())
-    values = [(item, getattr(config, item.name)) for item in items if item.name in result_flags]
+    values = [(item, getattr(config, item.name)) for item in items if item.name not in config.apart]
     return [
         (item, value)
         for item, value in values
