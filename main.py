@@ -18,7 +18,7 @@ from lib.inputs import read_inputs
 from lib.load import context_length, find_source, load_config, load_tokenizer
 from lib.plan import apply_plan, check_plan, plan
 from lib.stopwatch import Stopwatch
-from lib.windows import sampled_windows
+from lib.windows import with_own_text
 from lib.workspace import open_workspace
 
 log = logging.getLogger("lib.main")
@@ -52,9 +52,9 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         if config.takes_gradients:
             check_differentiable(model)
         described = describe(model, events, source)
-    if config.writes_own_text:
+    if config.samples_text:
         with clock("sample"):
-            inputs = inputs._replace(windows=sampled_windows(config, model, seqlen))
+            inputs = inputs._replace(windows=with_own_text(config, inputs.windows, model, seqlen))
     workspace.begin()
     evaluator = Evaluator(config, inputs, workspace, clock)
     described |= evaluator.bos(events)

@@ -22,7 +22,7 @@ TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's ca
 
 # What takes less of a GPU's memory, by the stage that ran out of it.
 RELIEF = {
-    "sample": "a corpus to calibrate on (--calib_data)",
+    "sample": "no text of the model's own (--calib_data, --recover_self)",
     "load": "a GPU with room for the model (--device)",
     "calibrate": "fewer --nsamples",
     "statistics": "a pruner without Gram matrices, such as wanda",
@@ -132,6 +132,12 @@ class RunConfig(RunFlags):
                 f"--recover_nsamples {self.recover_nsamples}: is less than {least}, of which recovery sees all"
             )
 
+        if self.distils and self.recover_self and self.writes_own_text:
+            raise RunError(
+                f"--recover_self {self.recover_self}: --calib_data {OWN_TEXT} is the model's own text already; "
+                "give more --recover_nsamples"
+            )
+
     def _check_streaming(self) -> None:
         if self.stream and self.save_model is None and not self.plan_only:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
@@ -176,6 +182,11 @@ class RunConfig(RunFlags):
     def distils(self) -> bool:
         """Whether the whole model is trained."""
         return self.recovers and "model" in self.recover
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether the dense model writes what is calibrated or trained on."""
+        return self.writes_own_text or (self.distils and self.recover_self > 0)
 
     @property
     def further(self) -> int:

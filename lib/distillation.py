@@ -50,42 +50,43 @@ class Targets:
 
 
 @torch.no_grad()
-def dense_targets(model: LanguageModel, windows: Tensor, *, label_share: float = 0.0, batch_size: int = 1) -> Targets:
+def dense_targets(
+    model: LanguageModel, windows: Tensor, label_share: float | Tensor = 0.0, *, batch_size: int = 1
+) -> Targets:
     """The targets of windows (n, S), of which each rank takes its share; of a model that is not pruned yet.
 
-    A target is the model's distribution times 1 - label_share, and label_share for the token that follows. Towards such
-    a mixture the divergence is, but for a constant, the two losses in these shares. The last token of a window, which
-    none follows, has the model's distribution alone.
+    A target is the model's distribution times 1 - label_share, and label_share, of all windows or of each (n,), for the
+    token that follows. Towards such a mixture the divergence is, but for a constant, the two losses in these shares.
+    The last token of a window, which none follows, has the model's distribution alone.
 
     A model in float32 is passed in bfloat16 where the processor multiplies in it, as it is in training: that moves its
     distribution by less than a thousandth of a nat (docs/log.md).
     """
     shard, found = ranks.shard(windows), []
+    shares = ranks.shard(torch.as_tensor(label_share).expand(len(windows))).split(batch_size)
     passes = nullcontext
     if model.model.dtype == torch.float32:
         mixed = partial(mixed_precision, torch.float32, model.device.type)
         passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
     with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
-        for tokens, hidden in last_hidden_states(model, shard, batch_size):
+        for (tokens, hidden), share in zip(last_hidden_states(model, shard, batch_size), shares, strict=True):
             following, parts = F.pad(tokens[:, 1:], (0, 1), value=NONE), []
             for logits in logits_in_parts(model, hidden):
                 here, following = following.tensor_split([logits.shape[1]], dim=1)
-                parts.append(_mixed(logits, here.to(logits.device), label_share))
+                parts.append(_mixed(logits, here.to(logits.device), share.to(logits.device)))
             found.append([torch.cat(kind, dim=1).cpu() for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
     return Targets(shard, *(torch.cat(kind) for kind in zip(*found, strict=True)))
 
 
-def _mixed(logits: Tensor, following: Tensor, label_share: float) -> tuple[Tensor, Tensor]:
-    """Of logits (..., vocabulary) and the tokens (...) that follow, NONE where none does, the targets' ids and
-    log-probabilities.
+def _mixed(logits: Tensor, following: Tensor, label_share: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets' ids and log-probabilities, of logits (b, n, vocabulary), the tokens (b, n) that follow, NONE where
+    none does, and their windows' shares (b,).
     """
     ids, label = logits.topk(min(TOP_K, logits.shape[-1] - 1)).indices, following[..., None]
-    if not label_share:
-        return ids.int(), log_probabilities(logits, ids)
-    unlikely = (label != NONE) & (ids != label).all(-1, keepdim=True)
+    share = label_share[:, None, None] * (label != NONE)
+    unlikely = (share > 0) & (ids != label).all(-1, keepdim=True)
     ids[..., -1:] = torch.where(unlikely, label, ids[..., -1:])
-    share = label_share * (label != NONE)
     probabilities = log_probabilities(logits, ids).exp() * (1 - share)
     probabilities[..., :-1] += share * (ids == label)
     return ids.int(), probabilities.log().clamp(min=MIN_LOG_PROB)

@@ -15,6 +15,7 @@ from .progress import progress
 
 log = logging.getLogger(__name__)
 
+WITHOUT = "calibrate on a corpus, without --recover_self"  # what a user can do instead
 AT_ONCE = 16_384  # tokens of the windows that are sampled together
 
 
@@ -67,13 +68,11 @@ def _sampled(model: LanguageModel, prefix: list[int], count: int, seqlen: int, s
             raise
         except Exception as error:  # whatever a model's own code may raise
             raise RunError(
-                f"--calib_data self: {type(model.model).__name__} cannot sample a text ({reason_of(error)}); "
-                "calibrate on a corpus"
+                f"{type(model.model).__name__} cannot sample a text ({reason_of(error)}); {WITHOUT}"
             ) from error
     if found.shape != (count, seqlen):
         raise RunError(
-            f"--calib_data self: {type(model.model).__name__} gives {found.shape[1]} tokens where {seqlen} were asked "
-            "for; calibrate on a corpus"
+            f"{type(model.model).__name__} gives {found.shape[1]} tokens where {seqlen} were asked for; {WITHOUT}"
         )
     return found.cpu()
 

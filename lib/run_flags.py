@@ -105,6 +105,10 @@ class RunFlags(SharedFlags):
         "the rest is the cross-entropy of the text", group="method", when="distils", within=(0, 1), before=1.0,
         shown=f"{DISTILL:g}, and 1 with --calib_data self",
     )  # fmt: skip
+    recover_self: int = flag(
+        0, "windows beside, written by the dense model, that --recover model trains on by the divergence alone",
+        group="method", when="distils", least=0, before=0,
+    )  # fmt: skip
     analyze_only: bool = flag(
         False, "measure every --WW_metric and stop; reads a checkpoint matrix by matrix, however large", group="method"
     )

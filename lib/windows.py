@@ -1,6 +1,6 @@
 """The calibration set of a run, its held-out windows and those of recovery."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,22 @@ class Windows:
     calibration  (nsamples, S): statistics are taken of them
     held_out     (n, S): what is to be chosen is chosen on them
     recovery     (n, S): recovery trains on them; the first are the calibration's, and none is held out
+    own          (n, S): recovery trains on these as well, which the dense model has written
     """
 
     calibration: Tensor | None = None
     held_out: Tensor | None = None
     recovery: Tensor | None = None
+    own: Tensor | None = None
+
+    def of_targets(self, label_share: float) -> tuple[Tensor, Tensor]:
+        """All windows that recovery of the whole model trains on, and each one's share of labels (lib/distillation.py).
+
+        Text that is sampled from the dense model's distribution has nothing to tell beside it.
+        """
+        own = self.recovery[:0] if self.own is None else self.own
+        shares = torch.tensor([label_share, 0.0]).repeat_interleave(torch.tensor([len(self.recovery), len(own)]))
+        return torch.cat([self.recovery, own]), shares
 
 
 def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
@@ -38,17 +49,24 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
     return _parts(config, found)
 
 
-def sampled_windows(config: RunConfig, model: LanguageModel, seqlen: int) -> Windows:
-    """Windows sampled from the dense model (--calib_data self), cached from run to run."""
+def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seqlen: int) -> Windows:
+    """The windows with those that the dense model writes: all (--calib_data self), or some beside (--recover_self)."""
+    if not config.writes_own_text:
+        return replace(windows, own=_sampled(config, model, seqlen, config.recover_self))
+    return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
+
+
+def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -> Tensor:
+    """The first windows that the dense model writes, cached from run to run."""
     settings = {
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
         "device": model.device.type, "dtype": str(model.model.dtype),
     }  # fmt: skip
-    count, known = config.nsamples + config.held_out + config.further, results.load_own_text(config, settings)
+    known = results.load_own_text(config, settings)
     if known is None or len(known) < count:
         known = own_text(model, count, seqlen=seqlen, seed=config.seed, add_bos=config.add_bos, known=known)
         results.save_own_text(config, settings, known)
-    return _parts(config, known[:count])
+    return known[:count]
 
 
 def _parts(config: RunConfig, found: Tensor) -> Windows:

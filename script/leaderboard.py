@@ -99,6 +99,7 @@ def settings(config: RunConfig) -> str:
             "recover",
             "recover_nsamples",
             "distill",
+            "recover_self",
         )
         if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
     )

@@ -26,6 +26,7 @@ DECIDING = {
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
     "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
     "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json", "distill": 0.3,
+    "recover_self": 8,
 }  # fmt: skip
 # What else has to be given for a field to be read, where the method is wanda_ww.
 READ_WITH = {
@@ -33,7 +34,7 @@ READ_WITH = {
     **{name: {"prune_method": "wanda_owl"} for name in ("owl_lambda", "owl_m")},
     **{f"{name}_alpha": {"prune_method": f"wanda_{name}"} for name in ("dlp", "lsa")},
     "ramp_beta": {"prune_method": "wanda_ramp"}, "search_strength": {"prune_method": "wanda_search"},
-    "recover_nsamples": {"recover": "block"}, "distill": {"recover": "model"},
+    "recover_nsamples": {"recover": "block"}, **{name: {"recover": "model"} for name in ("distill", "recover_self")},
     "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
     **{name: {"eval_zero_shot": True} for name in ("tasks", "task_limit")},
 }  # fmt: skip

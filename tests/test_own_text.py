@@ -74,7 +74,7 @@ def test_what_a_window_begins_with(model, monkeypatch):
 
 
 def test_a_model_that_cannot_generate():
-    with pytest.raises(RunError, match="--calib_data self: Toy cannot sample a text"):
+    with pytest.raises(RunError, match=r"^Toy cannot sample a text"):
         own_text.own_text(LanguageModel(Toy([Block()])), 1, seqlen=4)
 
 
@@ -90,7 +90,7 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
             "model": str(tmp_path / "model"), "prune_method": "wanda_search", "sparsity_ratio": 0.5, "nsamples": 4,
             "calib_data": "self", "eval_data": "pydoc", "cache_dir": str(tmp_path / "cache"), "device": "cpu",
         }  # fmt: skip
-        return lib_windows.sampled_windows(RunConfig(**{**flags, **changed}), model, 12)
+        return lib_windows.with_own_text(RunConfig(**{**flags, **changed}), lib_windows.Windows(), model, 12)
 
     first = drawn()
     assert [len(part) for part in (first.calibration, first.held_out, first.recovery)] == [4, 2, 4]
@@ -103,6 +103,10 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
     again = drawn(prune_method="wanda_search", recover=("model",), recover_nsamples=6)
     assert torch.equal(again.calibration, first.calibration)
     assert torch.equal(again.recovery[:4], first.calibration)
+    assert not calls
+    beside = drawn(calib_data="pydoc", recover=("model",), recover_self=5)
+    assert torch.equal(beside.own, torch.cat([first.calibration, first.held_out])[:5])
+    assert beside.calibration is None
     assert not calls
     more = drawn(recover=("model",), recover_nsamples=10)
     assert torch.equal(more.held_out, first.held_out)
