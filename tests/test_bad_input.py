@@ -80,6 +80,7 @@ CASES = [
     case("recovery and none", "--recover none block", "--recover block none:", "none, block, model or both"),
     case("recovery of a streamed model", "--recover model --stream --save_model o", "--stream", "--recover model"),
     case("few windows to recover", "--recover block --recover_nsamples 1", "--recover_nsamples 1:", "--nsamples"),
+    case("own text twice", "--calib_data self --recover model --recover_self 4", "--recover_self 4:", "nsamples"),
     case("own text of a streamed model", "--calib_data self --stream --save_model o", "--stream", "--calib_data self"),
     case("own text to evaluate on", "--eval_data self", "--eval_data: 'self' is unknown", "pydoc"),
     case("nothing left to hold out", "--prune_method wanda_search --nsamples 60", "--calib_data", "60 of --nsamples"),

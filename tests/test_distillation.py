@@ -10,7 +10,18 @@ from test_checkpoints import run
 from tiny import tiny_model, tiny_tokens
 from toy import Block, Toy
 
-from lib import PRUNERS, LanguageModel, Pattern, distillation, evaluate, find_source, own_text, precision, prune_model
+from lib import (
+    PRUNERS,
+    LanguageModel,
+    Pattern,
+    distillation,
+    evaluate,
+    find_source,
+    own_text,
+    plan,
+    precision,
+    prune_model,
+)
 from lib.distillation import Divergence, dense_targets, distil, log_probabilities
 from lib.load import load_model
 
@@ -111,6 +122,19 @@ def test_the_token_that_follows_is_a_share_of_the_target(share, monkeypatch):
     torch.testing.assert_close(gradient(ours, logits), gradient(reference, logits), rtol=1e-4, atol=1e-5)
 
 
+def test_each_window_has_its_own_share(monkeypatch):
+    """In one batch, as where each is alone: of a window without labels the likeliest tokens stay told apart."""
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "TOP_K", 5)
+    model, tokens = LanguageModel(tiny_model("llama_tied")), tiny_tokens(3)
+    shares = (0.5, 0.0, 1.0)
+    together = dense_targets(model, tokens, torch.tensor(shares), batch_size=2)
+    for place, share in enumerate(shares):
+        alone = dense_targets(model, tokens[place : place + 1], share)
+        assert torch.equal(together.ids[place], alone.ids[0])
+        torch.testing.assert_close(together.log_probs[place].exp(), alone.log_probs[0].exp(), rtol=1e-4, atol=1e-6)
+
+
 def grouped(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The probabilities of `ids` and, last, of all others."""
     told_apart = probabilities.gather(-1, ids)
@@ -189,6 +213,28 @@ def test_the_model_comes_closer_and_the_rest_stays(architecture, dtype):
     assert all(torch.equal(now[name], value) for name, value in others.items())
     assert {p.dtype for p in model.model.parameters()} == {dtype}
     assert not any(p.requires_grad or p.grad is not None for p in model.model.parameters())
+
+
+def test_a_run_recovers_on_the_models_own_text_beside_a_corpus(tmp_path, monkeypatch):
+    """The corpus's windows with labels, then the model's own without."""
+    seen = []
+
+    def watched(model, windows, label_share, **more):
+        seen.append((windows, label_share))
+        return dense_targets(model, windows, label_share, **more)
+
+    monkeypatch.setattr(own_text, "AT_ONCE", 96)
+    monkeypatch.setattr(plan, "dense_targets", watched)
+    tiny_model("llama_tied").save_pretrained(tmp_path / "model")
+    options = {"recover": "model", "recover_nsamples": 6, "distill": 0.75}
+    beside, _ = run(tmp_path, "beside", **options, recover_self=3)
+    plain, _ = run(tmp_path, "plain", **options)
+    assert beside["perplexity"]["pruned"] != plain["perplexity"]["pruned"]
+    assert "sample" in beside["seconds"]
+    assert "sample" not in plain["seconds"]
+    (windows, shares), (corpus, of_corpus) = seen
+    assert torch.equal(windows[:6], corpus)
+    assert (shares.tolist(), of_corpus.tolist()) == ([0.25] * 6 + [0.0] * 3, [0.25] * 6)
 
 
 def test_a_run_recovers_on_the_models_own_text(tmp_path, monkeypatch):
