@@ -16,7 +16,8 @@ from .masks import Pattern
 from .metrics import METRICS
 from .options import Option, options_of
 from .pruners import PRUNERS
-from .run_flags import DISTILL, OPTIONED, RECOVERY_WINDOWS, RunFlags, prune_methods
+from .run_flags import OPTIONED, RECOVERY_WINDOWS, RunFlags, prune_methods
+from .shared_flags import DISTILL
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's caches, and that fills a GPU
 
@@ -288,7 +289,7 @@ class RunConfig(RunFlags):
         helps = RELIEF.get(stage, "--batch_size 1")
         if stage == "statistics" and PRUNERS[self.pruner].needs != "gram":
             helps = "--batch_size 1"
-        if not self.in_parts and "model" not in self.recover:
+        if not (self.in_parts or self.distils or self.writes_own_text):
             helps = f"--stream, which holds one block at a time, or {helps}"
         return helps
 

@@ -15,7 +15,7 @@ from .progress import progress
 
 log = logging.getLogger(__name__)
 
-WITHOUT = "calibrate on a corpus, without --recover_self"  # what a user can do instead
+WITHOUT = "it has no text of its own for --calib_data or --recover_self"
 AT_ONCE = 16_384  # tokens of the windows that are sampled together
 
 
@@ -30,6 +30,7 @@ def own_text(
     there already. Ranks share the work. Raises RunError for a model that cannot generate.
     """
     each, known = max(1, AT_ONCE // seqlen), torch.empty(0, seqlen, dtype=torch.int64) if known is None else known
+    known = known[: len(known) // each * each]
     batches = range(len(known) // each, -(-count // each))
     prefix = _prefix(model, add_bos)[: seqlen - 1]
     with _plain_generation(model):

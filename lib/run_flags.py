@@ -8,12 +8,11 @@ from .flags import flag
 from .metrics import METRICS
 from .options import with_options
 from .pruners import PRUNERS
-from .shared_flags import DTYPES, SharedFlags
+from .shared_flags import DISTILL, DTYPES, SharedFlags
 
 OPTIONED = (ALLOCATIONS, PRUNERS, METRICS)  # whose entries have options, which are flags
 RECOVERIES = ("none", "block", "model")
 RECOVERY_WINDOWS = 2  # in multiples of --nsamples
-DISTILL = 0.5
 
 
 def prune_methods() -> dict[str, tuple[str, str]]:

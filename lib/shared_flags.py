@@ -8,6 +8,7 @@ from .harness_tasks import PAPER
 from .load import choose_device, locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DISTILL = 0.5  # share of the divergence from the dense model in a loss that has the text's own beside it
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Windows:
         Text that is sampled from the dense model's distribution has nothing to tell beside it.
         """
         own = self.recovery[:0] if self.own is None else self.own
-        shares = torch.tensor([label_share, 0.0]).repeat_interleave(torch.tensor([len(self.recovery), len(own)]))
+        shares = torch.cat([torch.full((len(self.recovery),), label_share), torch.zeros(len(own))])
         return torch.cat([self.recovery, own]), shares
 
 
@@ -50,7 +50,9 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
 
 
 def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seqlen: int) -> Windows:
-    """The windows with those that the dense model writes: all (--calib_data self), or some beside (--recover_self)."""
+    """The windows with what the dense model writes: all (--calib_data self), some beside (--recover_self) or none."""
+    if not config.samples_text:
+        return windows
     if not config.writes_own_text:
         return replace(windows, own=_sampled(config, model, seqlen, config.recover_self))
     return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))

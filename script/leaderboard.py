@@ -40,7 +40,7 @@ from lib.memory import keep_freed_memory
 from lib.plan import apply_plan, plan
 from lib.quality import allocation_scores
 from lib.stopwatch import Stopwatch
-from lib.windows import corpus_windows, sampled_windows
+from lib.windows import corpus_windows, with_own_text
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -87,6 +87,7 @@ def entries(path: Path, common: list[str]) -> Iterator[RunConfig]:
 
 def settings(config: RunConfig) -> str:
     """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
+    read = config.effective()
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
         for name in (
@@ -101,7 +102,7 @@ def settings(config: RunConfig) -> str:
             "distill",
             "recover_self",
         )
-        if (value := getattr(config, name)) != RunConfig.__dataclass_fields__[name].default
+        if (value := read[name]) != RunConfig.__dataclass_fields__[name].default
     )
 
 
@@ -329,10 +330,10 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._cached(
-            "windows", config.held_out, config.further, *_windows_key(config),
-            measure=lambda: sampled_windows(config, self._model, config.seqlen)
-            if config.writes_own_text
-            else corpus_windows(config, self._tokenizer, config.seqlen),
+            "windows", config.held_out, config.further, config.effective()["recover_self"], *_windows_key(config),
+            measure=lambda: with_own_text(
+                config, corpus_windows(config, self._tokenizer, config.seqlen), self._model, config.seqlen
+            ),
         )  # fmt: skip
         calibration = windows.calibration
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lib import run_flags
+from lib import shared_flags
 from lib.allocation import ALLOCATIONS
 from lib.config import TOKENS_AT_ONCE, RunConfig, prune_methods
 from lib.errors import RunError
@@ -133,7 +133,7 @@ def test_windows_of_recovery(configure):
 
 def test_loss_of_recovery(configure):
     """The dense model's own text has nothing to tell beside the distribution that it is drawn from."""
-    assert configure(recover="model").distill == run_flags.DISTILL < 1
+    assert configure(recover="model").distill == shared_flags.DISTILL < 1
     assert configure(recover="model", calib_data="self").distill == 1
     assert configure(recover=("block", "model"), calib_data="self", distill=0.75).distill == 0.75
     assert configure(recover="block", distill=0.75).unused_flags() == ["--distill"]

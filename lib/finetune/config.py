@@ -11,12 +11,11 @@ from ..errors import RunError
 from ..flags import flag
 from ..load import choose_device
 from ..precision import fast_dtype
-from ..shared_flags import SharedFlags
+from ..shared_flags import DISTILL, SharedFlags
 
 METHODS = ("lora", "full")
 PASSES = ("auto", "float32", "bfloat16")
 ALL = "all"
-DISTILL = 0.5  # where there is a teacher and nothing is said
 
 # What takes less of a GPU's memory, by the stage that ran out of it.
 RELIEF = {
