@@ -132,7 +132,6 @@ class RunConfig(RunFlags):
             raise RunError(
                 f"--recover_nsamples {self.recover_nsamples}: is less than {least}, of which recovery sees all"
             )
-
         if self.distils and self.recover_self and self.writes_own_text:
             raise RunError(
                 f"--recover_self {self.recover_self}: --calib_data {OWN_TEXT} is the model's own text already; "
