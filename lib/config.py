@@ -186,6 +186,8 @@ class RunConfig(RunFlags):
     @property
     def samples_text(self) -> bool:
         """Whether the dense model writes what is calibrated or trained on."""
+        if self.analyze_only:
+            return False
         return self.writes_own_text or (self.distils and self.recover_self > 0)
 
     @property
