@@ -36,9 +36,8 @@ def prepare(config: RunConfig) -> None:
     check_folder("--save", Path(config.save))
     if config.ww_metric_cache is not None:
         check_folder("--WW_metric_cache", Path(config.ww_metric_cache))
-    elif config.analyze_only or config.plot or config.scored:
-        check_folder("--cache_dir", Path(config.cache_dir))
-    if config.samples_text:
+    caches_metric = config.ww_metric_cache is None and (config.analyze_only or config.plot or config.scored)
+    if caches_metric or config.samples_text:
         check_folder("--cache_dir", Path(config.cache_dir))
     if config.stream:
         check_folder("--save", run_folder(config))
