@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import forking
 import pyarrow
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
+from shared import ROOT
 from test_architectures import is_tied
 from test_bad_input import save_tokenizer
 from tiny import ARCHITECTURES, tiny_model, tiny_tokens
@@ -114,8 +118,36 @@ def test_gpu_kernel(kind):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
         exact = x.double() @ weight.double().T
         torch.testing.assert_close(cuda.multiply(pack(weight), x).double(), exact, rtol=1e-4, atol=1e-4)
+        found = cuda.multiply(pack(weight), x.float()[1:])  # a row that begins anywhere
+        torch.testing.assert_close(found.double(), exact[1:], rtol=1e-4, atol=1e-4)
     x[0, 3] = float("inf")
     assert torch.equal(cuda.multiply(pack(weight), x).isnan(), F.linear(x, weight).isnan())
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lib.sparse import gpu_kernel
+for kind, width in (("bf16", 16), ("fp32", 32)):
+    for chunks in gpu_kernel.CHUNKS:
+        types = dict(masks="*u8", values="*bf16", offsets="*i64", x=f"*{kind}", out="*fp32", rows="i32",
+                     row_bytes="i32", WIDTH="constexpr", CHUNKS="constexpr")
+        source = ASTSource(gpu_kernel._multiply.fn, types, dict(WIDTH=width, CHUNKS=chunks))
+        made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=1))
+        print(kind, chunks, "cubin" in made.asm, made.metadata.shared)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_gpu_kernel_compiles(tmp_path):
+    """For a card that need not be there: the interpreter takes what the compiler refuses."""
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    compiled = [f"{kind} {chunks} True 0" for kind in ("bf16", "fp32") for chunks in (1, 2, 4)]
+    assert done.stdout.splitlines() == compiled  # and nothing goes by way of shared memory
 
 
 def test_threads(monkeypatch):
