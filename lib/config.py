@@ -175,8 +175,8 @@ class RunConfig(RunFlags):
 
     @property
     def recovers(self) -> bool:
-        """Whether what pruning leaves is trained."""
-        return "none" not in self.recover and not self.plan_only
+        """Whether what pruning leaves is trained; where it takes nothing, nothing is."""
+        return "none" not in self.recover and self.sparsity != 0 and not self.plan_only
 
     @property
     def distils(self) -> bool:
@@ -265,6 +265,8 @@ class RunConfig(RunFlags):
         unread = super().unread() | ({*options_of(*OPTIONED)} - own)
         if self.plan_only:
             unread |= {*AFTER_PLAN, *(("use_variant", "asymmetry", "fisher") if not self._plans_on_trial else ())}
+        if self.sparsity == 0:
+            unread |= {"recover"}
         if not self._allocation.granular:
             unread |= {"mapping_type"}
         if not self.scored and not self.plot:

@@ -137,6 +137,9 @@ def test_loss_of_recovery(configure):
     assert configure(recover="model", calib_data="self").distill == 1
     assert configure(recover=("block", "model"), calib_data="self", distill=0.75).distill == 0.75
     assert configure(recover="block", distill=0.75).unused_flags() == ["--distill"]
+    nothing = configure(prune_method="magnitude", sparsity_ratio=0.0, recover="model", recover_self=8)
+    assert set(nothing.unused_flags()) == {"--recover", "--recover_self"}
+    assert not nothing.samples_text
     assert (configure().distill, configure(recover="model", plan_only=True).distill) == (None, None)
     with pytest.raises(RunError, match=r"^--distill 1.5: must lie in \[0, 1\]"):
         configure(recover="model", distill=1.5)
