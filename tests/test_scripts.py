@@ -1,5 +1,6 @@
 """script/: the published settings, by the name of each model's script; the table of accuracies."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -78,3 +79,43 @@ def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path
         "| `alps-0.5` | 40.0 ± 3.0 | 60.0 ± 3.0 | - | 50.0 ± 2.1 |",
         "| `alps-0.5-recover` | 50.0 ± 3.0 | 70.0 ± 3.0 | 10.0 ± 3.0 | 60.0 ± 2.1 |",
     ]
+
+
+def board(folder, nsamples: int, rows: list[str]) -> str:
+    folder.mkdir()
+    (folder / "protocol.txt").write_text(f"--model 'a b' --seqlen 512 --nsamples {nsamples} words=words.txt:4\n")
+    lines = ["run,method,settings,sparsity,seed,perplexity_words,perplexity_others", *rows]
+    (folder / "runs.csv").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def test_the_learning_curve_of_several_boards(tmp_path):
+    recovered = "--recover model --recover_nsamples {} --distill 0.5"
+    folders = [
+        board(
+            tmp_path / str(n), n,
+            ["dense,dense,,0,,30,16", f"a,alps,,0.6,0,{90 - n},40", f"b,alps,,0.6,1,{92 - n},42",
+             f"c,alps,{recovered.format(n)},0.6,0,50,{n}"],
+        )
+        for n in (64, 32)
+    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "script/learning_curve.py"), *folders, "--save", str(tmp_path / "curve.png")]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    spec = importlib.util.spec_from_file_location("learning_curve", ROOT / "script/learning_curve.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    plain, trained = "alps at 60 %", "alps --recover model --distill 0.5 at 60 %"
+    curves = module.read([tmp_path / "64", tmp_path / "32"])
+    assert curves == {
+        ("words", plain): {64 * 512: [26, 28], 32 * 512: [58, 60]},
+        ("others", plain): {64 * 512: [40, 42], 32 * 512: [40, 42]},
+        ("words", trained): {64 * 512: [50], 32 * 512: [50]},
+        ("others", trained): {64 * 512: [64], 32 * 512: [32]},
+    }
+    panels = module.draw(curves).axes
+    assert [line.get_xydata().tolist() for line in panels[0].lines] == [
+        [[16384, 59], [32768, 27]], [[16384, 50], [32768, 50]],
+    ]  # fmt: skip
+    done = subprocess.run([command[0], command[1], str(tmp_path), *command[-2:]], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"learning_curve.py: error: {tmp_path}: no leaderboard is there (runs.csv)\n"

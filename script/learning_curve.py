@@ -1,0 +1,84 @@
+"""Perplexity against calibration tokens: leaderboards that differ in --nsamples, as one picture.
+
+    for n in 32 64 128; do
+        python script/leaderboard.py LIST --save curve/$n --eval_data ... -- ... --nsamples $n --recover_nsamples $n
+    done
+    python script/learning_curve.py curve/* --save curve.png
+
+A panel is an evaluation text, a line a method at a sparsity, a point the mean over its seeds.
+"""
+
+import argparse
+import csv
+import itertools
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
+
+PERPLEXITY = "perplexity_"
+
+Curves = dict[tuple[str, str], dict[int, list[float]]]  # (text, method) -> tokens -> perplexities
+
+
+def tokens_of(folder: Path) -> int:
+    """The calibration tokens of a leaderboard's runs."""
+    words = shlex.split((folder / "protocol.txt").read_text(encoding="utf-8"))
+    given = dict(itertools.pairwise(words))
+    if missing := {"--nsamples", "--seqlen"} - {*given}:
+        raise SystemExit(f"learning_curve.py: error: {folder}: its protocol has no {' and no '.join(sorted(missing))}")
+    return int(given["--nsamples"]) * int(given["--seqlen"])
+
+
+def read(folders: list[Path]) -> Curves:
+    """What the leaderboards in these folders hold, but for the dense model."""
+    curves: Curves = {}
+    for folder in folders:
+        tokens = tokens_of(folder)
+        with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if float(row["sparsity"])]
+        for row in rows:
+            settings = re.sub(r" ?--recover_nsamples \d+", "", row["settings"])
+            method = " ".join(filter(None, [row["method"], settings, f"at {100 * float(row['sparsity']):g} %"]))
+            for column in row:
+                if column.startswith(PERPLEXITY):
+                    curve = curves.setdefault((column.removeprefix(PERPLEXITY), method), {})
+                    curve.setdefault(tokens, []).append(float(row[column]))
+    return curves
+
+
+def draw(curves: Curves) -> Figure:
+    texts, methods = dict.fromkeys(text for text, _ in curves), dict.fromkeys(method for _, method in curves)
+    figure = Figure(figsize=(5 * len(texts), 5), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for axes, text in zip(panels, texts, strict=True):
+        for method in methods:
+            points = sorted(curves.get((text, method), {}).items())
+            axes.plot([t for t, _ in points], [statistics.fmean(p) for _, p in points], marker="o", label=method)
+        ticks = sorted({tokens for (own, _), curve in curves.items() if own == text for tokens in curve})
+        axes.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=f"perplexity, {text}")
+        axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}k"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("boards", nargs="+", type=Path, help="folders that script/leaderboard.py wrote")
+    parser.add_argument("--save", type=Path, required=True, help="the picture")
+    options = parser.parse_args()
+    if missing := [str(folder) for folder in options.boards if not (folder / "runs.csv").is_file()]:
+        raise SystemExit(f"learning_curve.py: error: {missing[0]}: no leaderboard is there (runs.csv)")
+    draw(read(options.boards)).savefig(options.save, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
