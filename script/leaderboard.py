@@ -116,12 +116,18 @@ def _windows_key(config: RunConfig) -> tuple:
     return config.seed, config.nsamples, config.calibrated, config.calib_data, config.add_bos
 
 
+def _without_folders(word: str) -> str:
+    """A flag's value; a file, also after a corpus's name (c4:PATH), by its name alone."""
+    corpus, colon, path = word.rpartition(":")
+    return f"{corpus}{colon}{Path(path).name}" if Path(path).is_file() else word
+
+
 class Board:
     """The runs that are done, kept in a folder as runs.csv, table.md and perplexity.png."""
 
     def __init__(self, folder: Path, texts: list[Text], common: list[str], tasks: list[str]):
         words = [*common, *(f"{t.name}={Path(t.data).name}:{t.windows}" for t in texts)]
-        protocol = shlex.join(Path(word).name if Path(word).is_file() else word for word in words) + "\n"
+        protocol = shlex.join(map(_without_folders, words)) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "protocol.txt").is_file() and (folder / "protocol.txt").read_text() != protocol:
             raise SystemExit(f"{folder}: holds runs of another protocol (protocol.txt); name another --save")

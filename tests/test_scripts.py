@@ -81,6 +81,20 @@ def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path
     ]
 
 
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"script/{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_boards_protocol_is_that_of_another_machine(tmp_path):
+    (tmp_path / "some.jsonl").write_text("")
+    plain = script("leaderboard")._without_folders
+    words = ["--calib_data", f"c4:{tmp_path}/some.jsonl", f"{tmp_path}/some.jsonl", "a=pydoc:32", str(tmp_path)]
+    assert [*map(plain, words)] == ["--calib_data", "c4:some.jsonl", "some.jsonl", "a=pydoc:32", str(tmp_path)]
+
+
 def board(folder, nsamples: int, rows: list[str]) -> str:
     folder.mkdir()
     (folder / "protocol.txt").write_text(f"--model 'a b' --seqlen 512 --nsamples {nsamples} words=words.txt:4\n")
@@ -102,8 +116,7 @@ def test_the_learning_curve_of_several_boards(tmp_path):
     command = [sys.executable, str(ROOT / "script/learning_curve.py"), *folders, "--save", str(tmp_path / "curve.png")]
     subprocess.run(command, check=True)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    spec = importlib.util.spec_from_file_location("learning_curve", ROOT / "script/learning_curve.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module = script("learning_curve")
     plain, trained = "alps at 60 %", "alps --recover model --distill 0.5 at 60 %"
     curves = module.read([tmp_path / "64", tmp_path / "32"])
     assert curves == {
