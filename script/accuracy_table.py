@@ -4,7 +4,7 @@
 
 A row is a run, by its name: its accuracies after pruning; runs with --eval_dense also give a row of the dense model.
 The mean is of accuracies not normalised by length, as in the paper, over the tasks that every row has; its standard
-error takes the tasks' as independent.
+error takes the tasks' as independent, and is left out where one of them has none.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import math
 from pathlib import Path
 
-Row = dict[str, tuple[float, float]]  # task -> accuracy and its standard error
+Row = dict[str, tuple[float, float | None]]  # task -> accuracy and its standard error, where there is one
 
 
 def rows(record: dict) -> dict[str, Row]:
@@ -21,7 +21,7 @@ def rows(record: dict) -> dict[str, Row]:
     names = {"dense": f"dense {record['config']['model']}", "pruned": f"`{record['run']}`"}
     return {
         names[stage]: {
-            task: (entry[stage]["acc"], entry[stage]["acc_stderr"])
+            task: (entry[stage]["acc"], entry[stage].get("acc_stderr"))
             for task, entry in found["tasks"].items()
             if "acc" in entry[stage]
         }
@@ -30,16 +30,24 @@ def rows(record: dict) -> dict[str, Row]:
     }
 
 
+def cell(value: float, error: float | None) -> str:
+    """In percent."""
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def mean(accuracies: list[tuple[float, float | None]]) -> str:
+    values, errors = zip(*accuracies, strict=True)
+    return cell(sum(values) / len(values), None if None in errors else math.hypot(*errors) / len(errors))
+
+
 def table(found: dict[str, Row]) -> str:
     """The rows in Markdown, dense models first."""
     tasks = list(dict.fromkeys(task for row in found.values() for task in row))
     shared = [task for task in tasks if all(task in row for row in found.values())]
     lines = [f"| model | {' | '.join(tasks)} | mean |", f"|---|{'---|' * (len(tasks) + 1)}"]
     for name, row in sorted(found.items(), key=lambda pair: not pair[0].startswith("dense ")):
-        cells = [f"{100 * row[task][0]:.1f} ± {100 * row[task][1]:.1f}" if task in row else "-" for task in tasks]
-        mean = [row[task][0] for task in shared]
-        error = math.hypot(*(row[task][1] for task in shared))
-        cells.append(f"{100 * sum(mean) / len(mean):.1f} ± {100 * error / len(mean):.1f}" if shared else "-")
+        cells = [cell(*row[task]) if task in row else "-" for task in tasks]
+        cells.append(mean([row[task] for task in shared]) if shared else "-")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -64,8 +64,10 @@ def test_an_unknown_name_is_refused(scripts):
 
 
 def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path):
+    errors = dict.fromkeys("abc", 0.03)
+
     def write(name: str, tasks: dict[str, float]) -> str:
-        entries = {task: {"pruned": {"acc": value, "acc_stderr": 0.03}} for task, value in tasks.items()}
+        entries = {task: {"pruned": {"acc": value, "acc_stderr": errors.get(task)}} for task, value in tasks.items()}
         found = {"stages": ["pruned"], "tasks": entries, "mean": {"pruned": 0.5}}
         record = {"run": name, "config": {"model": "one", "prune_method": "alps"}, "zero_shot": found}
         (tmp_path / name).write_text(json.dumps(record))
@@ -79,6 +81,10 @@ def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path
         "| `alps-0.5` | 40.0 ± 3.0 | 60.0 ± 3.0 | - | 50.0 ± 2.1 |",
         "| `alps-0.5-recover` | 50.0 ± 3.0 | 70.0 ± 3.0 | 10.0 ± 3.0 | 60.0 ± 2.1 |",
     ]
+    errors["b"] = None  # a task of one document, or whose metric has none
+    command[2:] = [write("alps-0.5", {"a": 0.4, "b": 0.6})]
+    row = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert row == "| `alps-0.5` | 40.0 ± 3.0 | 60.0 | 50.0 |"
 
 
 def script(name: str):
