@@ -70,10 +70,13 @@ def _losses(model: LanguageModel, tokens: Tensor, hidden: Tensor) -> Tensor:
 
 
 def logits_in_parts(model: LanguageModel, hidden: Tensor) -> Iterator[Tensor]:
-    """The logits (B, part, vocabulary) of last hidden states (B, S, d), of a chunk of positions at a time."""
+    """The logits (B, part, vocabulary) of last hidden states (B, S, d), of a chunk of positions at a time.
+
+    A chunk is laid out anew: of a slice, even of a single window, torch makes a product for each window.
+    """
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
     for part in hidden.split(max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden))), dim=1):
-        yield model.logits(part)
+        yield model.logits(part.flatten(0, 1).unflatten(0, part.shape[:2]))
 
 
 def sparsity_by_matrix(model: LanguageModel) -> dict[str, float]:
