@@ -179,6 +179,11 @@ class RunConfig(RunFlags):
         return "none" not in self.recover and self.sparsity != 0 and not self.plan_only
 
     @property
+    def recovers_blocks(self) -> bool:
+        """Whether each block is trained."""
+        return self.recovers and "block" in self.recover
+
+    @property
     def distils(self) -> bool:
         """Whether the whole model is trained."""
         return self.recovers and "model" in self.recover
@@ -224,7 +229,7 @@ class RunConfig(RunFlags):
     @property
     def streamed_windows(self) -> int:
         """Windows whose hidden states are held while blocks are pruned."""
-        return self.nsamples + (self.further if "block" in self.recover else 0) if self.calibrated else 0
+        return self.nsamples + (self.further if self.recovers_blocks else 0) if self.calibrated else 0
 
     @property
     def copies(self) -> int:

@@ -150,7 +150,7 @@ def apply_plan(
     **kwargs,
 ) -> None:
     """Prune to what `plan` gave, and train what is left as --recover says; `kwargs` are arguments of `prune_model`."""
-    block, targets = "block" in config.recover, planned["targets"]
+    block, targets = config.recovers_blocks, planned["targets"]
     dense, seen = None, windows.calibration
     if block:
         seen, kwargs["stats_windows"] = windows.recovery, len(windows.calibration)

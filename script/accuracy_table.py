@@ -23,7 +23,7 @@ def rows(record: dict) -> dict[str, Row]:
         names[stage]: {
             task: (entry[stage]["acc"], entry[stage].get("acc_stderr"))
             for task, entry in found["tasks"].items()
-            if "acc" in entry[stage]
+            if entry[stage].get("acc") is not None
         }
         for stage in found["stages"]
         if found["mean"][stage] is not None

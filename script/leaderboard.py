@@ -118,7 +118,7 @@ def _windows_key(config: RunConfig) -> tuple:
 
 def _without_folders(word: str) -> str:
     """A flag's value; a file, also after a corpus's name (c4:PATH), by its name alone."""
-    corpus, colon, path = word.rpartition(":")
+    corpus, colon, path = ("", "", word) if Path(word).is_file() else word.rpartition(":")
     return f"{corpus}{colon}{Path(path).name}" if Path(path).is_file() else word
 
 

@@ -10,8 +10,6 @@ A panel is an evaluation text, a line a method at a sparsity, a point the mean o
 
 import argparse
 import csv
-import itertools
-import re
 import shlex
 import statistics
 from pathlib import Path
@@ -20,33 +18,50 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
 PERPLEXITY = "perplexity_"
+ERROR = "learning_curve.py: error:"
 
 Curves = dict[tuple[str, str], dict[int, list[float]]]  # (text, method) -> tokens -> perplexities
 
 
-def tokens_of(folder: Path) -> int:
-    """The calibration tokens of a leaderboard's runs."""
-    words = shlex.split((folder / "protocol.txt").read_text(encoding="utf-8"))
-    given = dict(itertools.pairwise(words))
-    if missing := {"--nsamples", "--seqlen"} - {*given}:
-        raise SystemExit(f"learning_curve.py: error: {folder}: its protocol has no {' and no '.join(sorted(missing))}")
-    return int(given["--nsamples"]) * int(given["--seqlen"])
+def protocol(folder: Path) -> tuple[int, list[str]]:
+    """The calibration tokens of a leaderboard's runs, and what else they have in common."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("nsamples", "seqlen", "recover_nsamples"):
+        parser.add_argument(f"--{name}", type=int)
+    found, others = parser.parse_known_args(shlex.split((folder / "protocol.txt").read_text(encoding="utf-8")))
+    if not (found.nsamples and found.seqlen):
+        raise SystemExit(f"{ERROR} {folder}: its runs have no --nsamples, or no --seqlen (protocol.txt)")
+    return found.nsamples * found.seqlen, [f"--seqlen {found.seqlen}", *others]
 
 
 def read(folders: list[Path]) -> Curves:
-    """What the leaderboards in these folders hold, but for the dense model."""
+    """What the leaderboards in these folders hold, but for the dense model.
+
+    That recovery trained on as many windows as there are to calibrate on goes without saying.
+    """
     curves: Curves = {}
+    shared = None
     for folder in folders:
-        tokens = tokens_of(folder)
+        if missing := [name for name in ("protocol.txt", "runs.csv") if not (folder / name).is_file()]:
+            raise SystemExit(f"{ERROR} {folder}: no leaderboard is there ({missing[0]})")
+        tokens, others = protocol(folder)
+        if others != (shared := shared or others):
+            raise SystemExit(f"{ERROR} {folder}: its runs differ in more than --nsamples from those of {folders[0]}")
         with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if float(row["sparsity"])]
         for row in rows:
-            settings = re.sub(r" ?--recover_nsamples \d+", "", row["settings"])
-            method = " ".join(filter(None, [row["method"], settings, f"at {100 * float(row['sparsity']):g} %"]))
+            words = row["settings"].split(" ")
+            if "--recover_nsamples" in words:
+                at = words.index("--recover_nsamples")
+                if int(words[at + 1]) * int(shared[0].split()[1]) == tokens:
+                    del words[at : at + 2]
+            method = " ".join(filter(None, [row["method"], *words, f"at {100 * float(row['sparsity']):g} %"]))
             for column in row:
                 if column.startswith(PERPLEXITY):
                     curve = curves.setdefault((column.removeprefix(PERPLEXITY), method), {})
                     curve.setdefault(tokens, []).append(float(row[column]))
+    if not curves:
+        raise SystemExit(f"{ERROR} {folders[0]}: its runs prune nothing")
     return curves
 
 
@@ -75,8 +90,6 @@ def main() -> None:
     parser.add_argument("boards", nargs="+", type=Path, help="folders that script/leaderboard.py wrote")
     parser.add_argument("--save", type=Path, required=True, help="the picture")
     options = parser.parse_args()
-    if missing := [str(folder) for folder in options.boards if not (folder / "runs.csv").is_file()]:
-        raise SystemExit(f"learning_curve.py: error: {missing[0]}: no leaderboard is there (runs.csv)")
     draw(read(options.boards)).savefig(options.save, dpi=120)
 
 

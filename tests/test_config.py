@@ -140,6 +140,8 @@ def test_loss_of_recovery(configure):
     nothing = configure(prune_method="magnitude", sparsity_ratio=0.0, recover="model", recover_self=8)
     assert set(nothing.unused_flags()) == {"--recover", "--recover_self"}
     assert not nothing.samples_text
+    nothing = configure(prune_method="magnitude", sparsity_ratio=0.0, recover=("block", "model"))
+    assert (nothing.recovers_blocks, nothing.distils, nothing.calibrated) == (False, False, False)
     assert (configure().distill, configure(recover="model", plan_only=True).distill) == (None, None)
     with pytest.raises(RunError, match=r"^--distill 1.5: must lie in \[0, 1\]"):
         configure(recover="model", distill=1.5)

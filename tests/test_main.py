@@ -187,6 +187,18 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
         assert again["perplexity"] == record["perplexity"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_nothing_is_pruned_nothing_is_recovered(stream, tiny_folder, tmp_path):
+    config = RunConfig(
+        model=str(tiny_folder), prune_method="magnitude", sparsity_ratio=0.0, recover="block", stream=stream,
+        device="cpu", seqlen=32, eval_windows=2, eval_dense=True, eval_data=str(tiny_folder / "letters.txt"),
+        save=str(tmp_path / "out"), save_model=str(tmp_path / "saved") if stream else None,
+    )  # fmt: skip
+    record = main.run(config)
+    assert record["perplexity"]["pruned"] == record["perplexity"]["dense"]
+    assert "without effect on this run: --recover" in [event["message"] for event in record["events"]]
+
+
 @needs_shared
 def test_dense_perplexity_is_the_published_codes(tmp_path, embedded):
     """29.935 on the first 64 windows of 512 of WikiText-2 test; 8 of them here, against transformers' own loss."""

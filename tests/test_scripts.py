@@ -135,6 +135,29 @@ def test_the_learning_curve_of_several_boards(tmp_path):
     assert [line.get_xydata().tolist() for line in panels[0].lines] == [
         [[16384, 59], [32768, 27]], [[16384, 50], [32768, 50]],
     ]  # fmt: skip
-    done = subprocess.run([command[0], command[1], str(tmp_path), *command[-2:]], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"learning_curve.py: error: {tmp_path}: no leaderboard is there (runs.csv)\n"
+
+
+def test_boards_that_no_learning_curve_can_be_drawn_of(tmp_path):
+    read = script("learning_curve").read
+    row = "a,alps,--recover model --recover_nsamples 64,0.6,0,40,41"
+    board(tmp_path / "32", 32, [row])
+    assert list(read([tmp_path / "32"])) == [  # on more windows than it is calibrated on
+        (text, "alps --recover model --recover_nsamples 64 at 60 %") for text in ("words", "others")
+    ]
+    board(tmp_path / "dense", 64, ["dense,dense,,0,,30,16"])
+    board(tmp_path / "longer", 64, [row])
+    (tmp_path / "longer/protocol.txt").write_text("--model 'a b' --seqlen=1024 --nsamples=32 words=words.txt:4\n")
+    board(tmp_path / "unknown", 64, [row])
+    (tmp_path / "unknown/protocol.txt").write_text("--model m\n")
+    for folders, reason in (
+        ([tmp_path], f"{tmp_path}: no leaderboard is there (protocol.txt)"),
+        ([tmp_path / "dense"], f"{tmp_path}/dense: its runs prune nothing"),
+        ([tmp_path / "unknown"], f"{tmp_path}/unknown: its runs have no --nsamples, or no --seqlen (protocol.txt)"),
+        (
+            [tmp_path / "32", tmp_path / "longer"],
+            f"{tmp_path}/longer: its runs differ in more than --nsamples from those of {tmp_path}/32",
+        ),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            read(folders)
+        assert str(raised.value) == f"learning_curve.py: error: {reason}"

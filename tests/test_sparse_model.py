@@ -110,16 +110,20 @@ def test_size():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("kind", format.KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "chunks"), [*zip(format.KINDS, (1, 4), strict=True), (torch.float16, 2)], ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="script/gpu_check.py runs it on the GPU")
-def test_gpu_kernel(kind):
+def test_gpu_kernel(kind, chunks, monkeypatch):
     """On the CPU, by Triton's interpreter."""
+    from lib.sparse import gpu_kernel
+
+    monkeypatch.setattr(gpu_kernel, "CHUNKS", (0, chunks))
     for shape in ((1, 1), (9, 100), (3, 1100)):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
         exact = x.double() @ weight.double().T
         torch.testing.assert_close(cuda.multiply(pack(weight), x).double(), exact, rtol=1e-4, atol=1e-4)
         found = cuda.multiply(pack(weight), x.float()[1:])  # a row that begins anywhere
         torch.testing.assert_close(found.double(), exact[1:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cuda.multiply(pack(weight), x.double()).double(), exact, rtol=1e-4, atol=1e-4)
     x[0, 3] = float("inf")
     assert torch.equal(cuda.multiply(pack(weight), x).isnan(), F.linear(x, weight).isnan())
 

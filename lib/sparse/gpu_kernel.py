@@ -77,6 +77,7 @@ if not knobs.runtime.interpret:
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
+    x = x.float() if x.element_size() > 4 else x
     missing = WORD * packed.words - packed.columns
     x = F.pad(x, (0, missing)) if missing else x.contiguous()
     x = x.clone() if x.data_ptr() % 16 else x  # it is read 16 bytes at a time
