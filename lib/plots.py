@@ -6,7 +6,7 @@ import re
 
 import numpy
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 PANELS = 96  # of one page at most: past that a page shows blocks evenly spread
 BLUE, RED, GREY = "#4878b0", "#c4161c", "0.45"
@@ -31,6 +31,14 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def set_perplexity_axis(axis, text: str) -> None:
+    """Perplexity on a text upwards, logarithmically, in plain numbers."""
+    axis.set(ylabel=f"perplexity, {text}", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
 
 
 def draw_esds(layers: list[dict], esds: dict[str, dict], metric: str) -> dict[str, Figure]:

@@ -203,7 +203,8 @@ class Board:
         from cycler import cycler
         from matplotlib import colormaps  # takes a second to import
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+        from lib.plots import set_perplexity_axis
 
         text, curves, others, highest = self._texts[0], {}, "others, at one sparsity", 0.0
         for (sparsity, method, extra), rows in self._methods().items():
@@ -226,13 +227,11 @@ class Board:
             else:
                 axes.plot(points[0][0], _mean(points[0][1], text.column), ".", color="grey", zorder=0, label=others)
                 others = None  # named once
-        axes.set(xlabel="share of zeros", ylabel=f"perplexity, {text.name}", yscale="log")
+        axes.set_xlabel("share of zeros")
+        set_perplexity_axis(axes, text.name)
         axes.set_xticks(sorted({sparsity for sparsity, method, _ in self._methods() if method != DENSE}))
         if highest:
             axes.set_ylim(top=2 * highest)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(ScalarFormatter())
         figure.legend(fontsize="small", loc="outside right upper")
         figure.savefig(self._folder / "perplexity.png", dpi=120)
 

@@ -10,12 +10,18 @@ A panel is an evaluation text, a line a method at a sparsity, a point the mean o
 
 import argparse
 import csv
+import re
 import shlex
 import statistics
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from lib.plots import set_perplexity_axis
 
 PERPLEXITY = "perplexity_"
 ERROR = "learning_curve.py: error:"
@@ -23,15 +29,15 @@ ERROR = "learning_curve.py: error:"
 Curves = dict[tuple[str, str], dict[int, list[float]]]  # (text, method) -> tokens -> perplexities
 
 
-def protocol(folder: Path) -> tuple[int, list[str]]:
-    """The calibration tokens of a leaderboard's runs, and what else they have in common."""
+def protocol(folder: Path) -> tuple[int, int, list[str]]:
+    """The calibration windows of a leaderboard's runs, their tokens each, and what else the runs have in common."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name in ("nsamples", "seqlen", "recover_nsamples"):
         parser.add_argument(f"--{name}", type=int)
     found, others = parser.parse_known_args(shlex.split((folder / "protocol.txt").read_text(encoding="utf-8")))
     if not (found.nsamples and found.seqlen):
         raise SystemExit(f"{ERROR} {folder}: its runs have no --nsamples, or no --seqlen (protocol.txt)")
-    return found.nsamples * found.seqlen, [f"--seqlen {found.seqlen}", *others]
+    return found.nsamples, found.seqlen, others
 
 
 def read(folders: list[Path]) -> Curves:
@@ -39,27 +45,22 @@ def read(folders: list[Path]) -> Curves:
 
     That recovery trained on as many windows as there are to calibrate on goes without saying.
     """
-    curves: Curves = {}
-    shared = None
+    curves, shared = {}, None
     for folder in folders:
         if missing := [name for name in ("protocol.txt", "runs.csv") if not (folder / name).is_file()]:
             raise SystemExit(f"{ERROR} {folder}: no leaderboard is there ({missing[0]})")
-        tokens, others = protocol(folder)
+        nsamples, *others = protocol(folder)
         if others != (shared := shared or others):
             raise SystemExit(f"{ERROR} {folder}: its runs differ in more than --nsamples from those of {folders[0]}")
         with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if float(row["sparsity"])]
         for row in rows:
-            words = row["settings"].split(" ")
-            if "--recover_nsamples" in words:
-                at = words.index("--recover_nsamples")
-                if int(words[at + 1]) * int(shared[0].split()[1]) == tokens:
-                    del words[at : at + 2]
-            method = " ".join(filter(None, [row["method"], *words, f"at {100 * float(row['sparsity']):g} %"]))
+            settings = re.sub(rf" ?--recover_nsamples {nsamples}\b", "", row["settings"])
+            method = " ".join(filter(None, [row["method"], settings, f"at {100 * float(row['sparsity']):g} %"]))
             for column in row:
                 if column.startswith(PERPLEXITY):
                     curve = curves.setdefault((column.removeprefix(PERPLEXITY), method), {})
-                    curve.setdefault(tokens, []).append(float(row[column]))
+                    curve.setdefault(nsamples * others[0], []).append(float(row[column]))
     if not curves:
         raise SystemExit(f"{ERROR} {folders[0]}: its runs prune nothing")
     return curves
@@ -74,13 +75,11 @@ def draw(curves: Curves) -> Figure:
             points = sorted(curves.get((text, method), {}).items())
             axes.plot([t for t, _ in points], [statistics.fmean(p) for _, p in points], marker="o", label=method)
         ticks = sorted({tokens for (own, _), curve in curves.items() if own == text for tokens in curve})
-        axes.set(xscale="log", yscale="log", xlabel="calibration tokens", ylabel=f"perplexity, {text}")
+        axes.set(xscale="log", xlabel="calibration tokens")
+        set_perplexity_axis(axes, text)
         axes.set_xticks(ticks)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}k"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(ScalarFormatter())
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center")
     return figure
 

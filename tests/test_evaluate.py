@@ -34,9 +34,9 @@ def test_no_more_logits_than_asked_for_exist_at_once(monkeypatch):
     model, chunks = LanguageModel(tiny_model("llama")), []
     own = LanguageModel.logits
     monkeypatch.setattr(LanguageModel, "logits", lambda self, h: chunks.append(h) or own(self, h))
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 96 * 10)
     for batch_size in (1, 2):
         chunks.clear()
-        monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 96 * 10)
         perplexity(model, tiny_tokens(4, 24), batch_size=batch_size)
         assert max(chunk[..., 0].numel() for chunk in chunks) <= 10
         assert sum(chunk[..., 0].numel() for chunk in chunks) == 4 * 23
