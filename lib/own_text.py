@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from . import ranks, tokens
 from .errors import RunError, reason_of
@@ -63,8 +63,9 @@ def _sampled(model: LanguageModel, prefix: list[int], count: int, seqlen: int, s
         try:
             with torch.no_grad():
                 found = model.model.generate(
-                    begun, attention_mask=torch.ones_like(begun), max_new_tokens=seqlen - begun.shape[1]
-                )
+                    begun, attention_mask=torch.ones_like(begun), max_new_tokens=seqlen - begun.shape[1],
+                    logits_processor=[_Draw()],
+                )  # fmt: skip
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model's own code may raise
@@ -78,6 +79,22 @@ def _sampled(model: LanguageModel, prefix: list[int], count: int, seqlen: int, s
     return found.cpu()
 
 
+class _Draw(LogitsProcessor):
+    """Leaves of the logits (windows, vocabulary) the one token of each window that is drawn from their distribution.
+
+    By inversion of the cumulative sums: one random number a window, where `torch.multinomial`, and with it generate's
+    own sampling, takes one for each token of the vocabulary. Raises ValueError for logits without a distribution.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        sums = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
+        if not sums[:, -1].isfinite().all():
+            raise ValueError("its logits hold NaN or infinity")
+        below = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, below, right=True).clamp(max=sums.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
+
+
 def _vocabulary(model: LanguageModel) -> int:
     """Tokens that there are; a model may have rows for more."""
     rows = model.model.get_input_embeddings().weight.shape[0]
@@ -88,9 +105,7 @@ def _vocabulary(model: LanguageModel) -> int:
 def _plain_generation(model: LanguageModel):
     """While the model's own generation configuration is out of the way: no token is favoured, and none ends a text."""
     own = getattr(model.model, "generation_config", None)
-    model.model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
-    )
+    model.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # takes what _Draw leaves
     try:
         yield
     finally:

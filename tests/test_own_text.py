@@ -78,6 +78,13 @@ def test_a_model_that_cannot_generate():
         own_text.own_text(LanguageModel(Toy([Block()])), 1, seqlen=4)
 
 
+def test_logits_without_a_distribution(model):
+    with torch.no_grad():
+        model.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RunError, match=r"cannot sample a text \(its logits hold NaN or infinity\)"):
+        own_text.own_text(model, 1, seqlen=4)
+
+
 def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
     monkeypatch.setattr(own_text, "AT_ONCE", 48)
     tiny_model("llama").save_pretrained(tmp_path / "model")
