@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's ca
 
 # What takes less of a GPU's memory, by the stage that ran out of it.
 RELIEF = {
-    "sample": "no text of the model's own (--calib_data, --recover_self)",
+    "sample": "no text of the model's own (--calib_data, --calib_self, --recover_self)",
     "load": "a GPU with room for the model (--device)",
     "calibrate": "fewer --nsamples",
     "statistics": "a pruner without Gram matrices, such as wanda",
@@ -132,17 +132,24 @@ class RunConfig(RunFlags):
             raise RunError(
                 f"--recover_nsamples {self.recover_nsamples}: is less than {least}, of which recovery sees all"
             )
-        if self.distils and self.recover_self and self.writes_own_text:
+        read = self.effective()
+        if (read["recover_self"] or 0) < read["calib_self"] and read["recover_self"] is not None:
             raise RunError(
-                f"--recover_self {self.recover_self}: --calib_data {OWN_TEXT} is the model's own text already; "
-                "give more --recover_nsamples"
+                f"--recover_self {self.recover_self}: is less than --calib_self {self.calib_self}, of which recovery "
+                "sees all"
             )
+        for name, more in (("calib_self", "--nsamples"), ("recover_self", "--recover_nsamples")):
+            if read[name] and self.writes_own_text:
+                already = f"--calib_data {OWN_TEXT} is the model's own text already"
+                raise RunError(f"--{name} {read[name]}: {already}; give more {more}")
 
     def _check_streaming(self) -> None:
         if self.stream and self.save_model is None and not self.plan_only:
             raise RunError("--stream: needs --save_model, the folder that the pruned blocks are written to")
-        if self.stream and self.writes_own_text:
-            raise RunError(f"--stream: holds one block at a time, while --calib_data {OWN_TEXT} takes the whole model")
+        if self.stream and self.samples_text:
+            read = self.effective()
+            name = next(name for name in ("calib_self", "recover_self", "calib_data") if read[name])
+            raise RunError(f"--stream: holds one block at a time, while --{name} {read[name]} takes the whole model")
         if self.stream and self.distils:
             raise RunError("--stream: holds one block at a time, while --recover model trains the whole model")
 
@@ -191,14 +198,20 @@ class RunConfig(RunFlags):
     @property
     def samples_text(self) -> bool:
         """Whether the dense model writes what is calibrated or trained on."""
-        if self.analyze_only:
-            return False
-        return self.writes_own_text or (self.distils and self.recover_self > 0)
+        return not self.analyze_only and (self.writes_own_text or any(self.own_windows))
 
     @property
     def further(self) -> int:
         """Windows beside --nsamples that recovery trains on."""
         return (self.recover_nsamples or RECOVERY_WINDOWS * self.nsamples) - self.nsamples if self.recovers else 0
+
+    @property
+    def own_windows(self) -> tuple[int, int, int]:
+        """Windows that the dense model writes beside a corpus: of the calibration, held out, further of recovery."""
+        read = self.effective()
+        calibration, recovery = read["calib_self"], read["recover_self"]
+        further = (recovery or calibration) - calibration
+        return calibration, -(-calibration // 2) if self.held_out else 0, further
 
     @property
     def _plans_on_trial(self) -> bool:
@@ -297,7 +310,7 @@ class RunConfig(RunFlags):
         helps = RELIEF.get(stage, "--batch_size 1")
         if stage == "statistics" and PRUNERS[self.pruner].needs != "gram":
             helps = "--batch_size 1"
-        if not (self.in_parts or self.distils or self.writes_own_text):
+        if not (self.in_parts or self.distils or self.samples_text):
             helps = f"--stream, which holds one block at a time, or {helps}"
         return helps
 

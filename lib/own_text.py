@@ -15,7 +15,7 @@ from .progress import progress
 
 log = logging.getLogger(__name__)
 
-WITHOUT = "it has no text of its own for --calib_data or --recover_self"
+WITHOUT = "it has no text of its own for --calib_data, --calib_self or --recover_self"
 AT_ONCE = 16_384  # tokens of the windows that are sampled together
 
 

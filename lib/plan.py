@@ -156,7 +156,8 @@ def apply_plan(
         seen, kwargs["stats_windows"] = windows.recovery, len(windows.calibration)
     if config.distils and any(targets.values()):
         with clock("targets"):
-            dense = dense_targets(model, *windows.of_targets(1 - config.distill), batch_size=batch_size)
+            shares = windows.label_shares(1 - config.distill)
+            dense = dense_targets(model, windows.recovery, shares, batch_size=batch_size)
     prune_to_targets(
         config, model, targets, planned["asymmetry"], seen, recovery=block, batch_size=batch_size, clock=clock,
         events=events, **kwargs,

@@ -104,9 +104,10 @@ class RunFlags(SharedFlags):
         "the rest is the cross-entropy of the text", group="method", when="distils", within=(0, 1), before=1.0,
         shown=f"{DISTILL:g}, and 1 with --calib_data self",
     )  # fmt: skip
-    recover_self: int = flag(
-        0, "windows beside, written by the dense model, that --recover model trains on by the divergence alone",
-        group="method", when="distils", least=0, before=0,
+    recover_self: int | None = flag(
+        None, "windows beside, written by the dense model, that recovery trains on, of the whole model by the "
+        "divergence alone: those of --calib_self, and further ones", group="method", when="recovers", least=0,
+        before=None, shown="those of --calib_self",
     )  # fmt: skip
     analyze_only: bool = flag(
         False, "measure every --WW_metric and stop; reads a checkpoint matrix by matrix, however large", group="method"
@@ -117,6 +118,10 @@ class RunFlags(SharedFlags):
     calib_data: str = flag(
         "c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self: text that the dense model writes",
         group="calibration", when="calibrated",
+    )  # fmt: skip
+    calib_self: int = flag(
+        0, "calibration windows beside, written by the dense model", group="calibration", when="calibrated", least=0,
+        before=0,
     )  # fmt: skip
     nsamples: int = flag(128, "calibration windows", group="calibration", when="calibrated", least=1)
     seqlen: int | None = flag(

@@ -1,6 +1,6 @@
 """The calibration set of a run, its held-out windows and those of recovery."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from .trials import trial_windows
 class Windows:
     """What a run reads of them; None where it reads none.
 
-    calibration  (nsamples, S): statistics are taken of them
+    calibration  (n, S): statistics are taken of them
     held_out     (n, S): what is to be chosen is chosen on them
     recovery     (n, S): recovery trains on them; the first are the calibration's, and none is held out
-    own          (n, S): recovery trains on these as well, which the dense model has written
+    own          (n,) of these, whether the dense model has written it beside a corpus
     """
 
     calibration: Tensor | None = None
@@ -28,14 +28,12 @@ class Windows:
     recovery: Tensor | None = None
     own: Tensor | None = None
 
-    def of_targets(self, label_share: float) -> tuple[Tensor, Tensor]:
-        """All windows that recovery of the whole model trains on, and each one's share of labels (lib/distillation.py).
+    def label_shares(self, share: float) -> Tensor:
+        """Of each window of recovery, the share of labels in its targets (lib/distillation.py); (n,).
 
         Text that is sampled from the dense model's distribution has nothing to tell beside it.
         """
-        own = self.recovery[:0] if self.own is None else self.own
-        shares = torch.cat([torch.full((len(self.recovery),), label_share), torch.zeros(len(own))])
-        return torch.cat([self.recovery, own]), shares
+        return torch.where(self.own, 0.0, share)
 
 
 def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
@@ -50,12 +48,30 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
 
 
 def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seqlen: int) -> Windows:
-    """The windows with what the dense model writes: all (--calib_data self), some beside (--recover_self) or none."""
+    """The windows with what the dense model writes: all (--calib_data self), some beside (--calib_self, --recover_self)
+    or none.
+    """
     if not config.samples_text:
         return windows
-    if not config.writes_own_text:
-        return replace(windows, own=_sampled(config, model, seqlen, config.recover_self))
-    return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
+    if config.writes_own_text:
+        return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
+    sizes = config.own_windows
+    calibration, held_out, further = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
+    recovery = windows.recovery.split([config.nsamples, config.further])
+    own = [torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool)]
+    beside = [torch.zeros(config.further, dtype=bool), torch.ones(len(further), dtype=bool)]
+    return Windows(
+        calibration=_mixed(windows.calibration, calibration),
+        held_out=_mixed(windows.held_out, held_out),
+        recovery=torch.cat([_mixed(recovery[0], calibration), recovery[1], further]),
+        own=torch.cat([_mixed(*own), *beside]),
+    )
+
+
+def _mixed(corpus: Tensor, own: Tensor) -> Tensor:
+    """Both, evenly spread: the first half or quarter holds of both what the whole does."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (corpus, own)])
+    return torch.cat([corpus, own])[places.argsort(stable=True)]
 
 
 def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -> Tensor:
@@ -72,6 +88,7 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
 
 
 def _parts(config: RunConfig, found: Tensor) -> Windows:
-    calibration, rest = found[: config.nsamples], found[config.nsamples :]
+    calibration, held_out, further = found.split([config.nsamples, config.held_out, config.further])
+    recovery = torch.cat([calibration, further])
     ranks.check_enough(f"--nsamples {config.nsamples}", trial_windows(calibration) if config.held_out else calibration)
-    return Windows(calibration, rest[: config.held_out], torch.cat([calibration, rest[config.held_out :]]))
+    return Windows(calibration, held_out, recovery, torch.zeros(len(recovery), dtype=bool))

@@ -97,6 +97,7 @@ def settings(config: RunConfig) -> str:
             "use_variant",
             "asymmetry",
             "fisher",
+            "calib_self",
             "recover",
             "recover_nsamples",
             "distill",
@@ -113,7 +114,7 @@ def run_key(config: RunConfig) -> str:
 
 def _windows_key(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
-    return config.seed, config.nsamples, config.calibrated, config.calib_data, config.add_bos
+    return config.seed, config.nsamples, config.own_windows[0], config.calibrated, config.calib_data, config.add_bos
 
 
 def _without_folders(word: str) -> str:
@@ -335,7 +336,7 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._cached(
-            "windows", config.held_out, config.further, config.effective()["recover_self"], *_windows_key(config),
+            "windows", config.held_out, config.further, config.own_windows, *_windows_key(config),
             measure=lambda: with_own_text(
                 config, corpus_windows(config, self._tokenizer, config.seqlen), self._model, config.seqlen
             ),

@@ -26,7 +26,7 @@ DECIDING = {
     "lsa_alpha": 0.1, "ramp_beta": 0.02, "asymmetry": 0.25, "search_strength": 1.0, "recover": "block",
     "recover_nsamples": 300, "fisher": 0.5, "save_dtype": "bfloat16", "add_bos": "every", "eval_zero_shot": True,
     "tasks": ("piqa",), "task_limit": 9, "plan_only": True, "sparsities": "half.json", "distill": 0.3,
-    "recover_self": 8,
+    "recover_self": 8, "calib_self": 4,
 }  # fmt: skip
 # What else has to be given for a field to be read, where the method is wanda_ww.
 READ_WITH = {
@@ -34,7 +34,7 @@ READ_WITH = {
     **{name: {"prune_method": "wanda_owl"} for name in ("owl_lambda", "owl_m")},
     **{f"{name}_alpha": {"prune_method": f"wanda_{name}"} for name in ("dlp", "lsa")},
     "ramp_beta": {"prune_method": "wanda_ramp"}, "search_strength": {"prune_method": "wanda_search"},
-    "recover_nsamples": {"recover": "block"}, **{name: {"recover": "model"} for name in ("distill", "recover_self")},
+    "distill": {"recover": "model"}, **{name: {"recover": "block"} for name in ("recover_nsamples", "recover_self")},
     "sparsities": {"prune_method": "wanda_file", "sparsities": "less.json"},
     **{name: {"eval_zero_shot": True} for name in ("tasks", "task_limit")},
 }  # fmt: skip
@@ -145,6 +145,16 @@ def test_loss_of_recovery(configure):
     assert (configure().distill, configure(recover="model", plan_only=True).distill) == (None, None)
     with pytest.raises(RunError, match=r"^--distill 1.5: must lie in \[0, 1\]"):
         configure(recover="model", distill=1.5)
+
+
+def test_windows_of_the_models_own(configure):
+    """To calibrate on, held out where something is chosen, and further ones that recovery trains on."""
+    assert configure(calib_self=5).own_windows == (5, 0, 0)
+    assert configure(prune_method="wanda_search", calib_self=5).own_windows == (5, 3, 0)
+    assert configure(calib_self=5, recover="block", recover_self=7).own_windows == (5, 0, 2)
+    assert configure(recover="model", recover_self=7).own_windows == (0, 0, 7)
+    assert configure(calib_self=5, recover_self=2).own_windows == (5, 0, 0)  # nothing is recovered
+    assert configure(prune_method="magnitude", calib_self=5).unused_flags() == ["--calib_self"]
 
 
 def test_runs_from_before_a_flag_keep_their_names(configure):

@@ -24,7 +24,7 @@ def here(tmp_path_factory):
         "# a comment\n"
         "wanda uniform,owl,dlp 0.5 0,1\n"
         "alps search 0.5 0 --mapping_type layer_wise --asymmetry 0.5 --recover block  # and another\n"
-        "wanda uniform 0.6 0 --recover model --recover_self 3\n"
+        "wanda uniform 0.6 0 --calib_self 2 --recover model --recover_self 3\n"
         "wanda uniform 0.6 0\n"
     )
     return folder
@@ -61,7 +61,7 @@ def test_each_run_is_what_the_command_gives(here, done, tmp_path):
         "dense", "wanda 0.5 seed0", "wanda_owl 0.5 seed0", "wanda_dlp 0.5 seed0", "wanda 0.5 seed1",
         "wanda_owl 0.5 seed1", "wanda_dlp 0.5 seed1",
         "alps_search 0.5 seed0 --mapping_type layer_wise --asymmetry 0.5 --recover block",
-        "wanda 0.6 seed0 --recover model --distill 0.5 --recover_self 3", "wanda 0.6 seed0",
+        "wanda 0.6 seed0 --calib_self 2 --recover model --distill 0.5 --recover_self 3", "wanda 0.6 seed0",
     ]  # fmt: skip
     for row in list(found.values())[1:]:
         flags = ["--prune_method", row["method"], "--sparsity_ratio", row["sparsity"], "--seed", row["seed"]]

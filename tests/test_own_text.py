@@ -97,7 +97,8 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
             "model": str(tmp_path / "model"), "prune_method": "wanda_search", "sparsity_ratio": 0.5, "nsamples": 4,
             "calib_data": "self", "eval_data": "pydoc", "cache_dir": str(tmp_path / "cache"), "device": "cpu",
         }  # fmt: skip
-        return lib_windows.with_own_text(RunConfig(**{**flags, **changed}), lib_windows.Windows(), model, 12)
+        config = RunConfig(**{**flags, **changed})
+        return lib_windows.with_own_text(config, lib_windows.corpus_windows(config, model.tokenizer, 12), model, 12)
 
     first = drawn()
     assert [len(part) for part in (first.calibration, first.held_out, first.recovery)] == [4, 2, 4]
@@ -111,15 +112,21 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
     assert torch.equal(again.calibration, first.calibration)
     assert torch.equal(again.recovery[:4], first.calibration)
     assert not calls
-    beside = drawn(calib_data="pydoc", recover=("model",), recover_self=5)
-    assert torch.equal(beside.own, torch.cat([first.calibration, first.held_out])[:5])
-    assert beside.calibration is None
+    series = torch.cat([first.calibration, first.held_out])
+    corpus = drawn(calib_data="pydoc")
+    options = {"calib_data": "pydoc", "recover": ("model",), "recover_nsamples": 5}
+    beside = drawn(**options, recover_self=5)
+    assert torch.equal(beside.recovery[beside.own], series[:5])
+    assert torch.equal(beside.calibration, corpus.calibration)
+    mixed = drawn(**options, calib_self=2, recover_self=3)  # of the series 2, then 1 that is held out, then 1
+    assert torch.equal(mixed.calibration, torch.stack([*_spread(corpus.calibration, series[:2])]))
+    assert torch.equal(mixed.held_out, torch.cat([corpus.held_out[:1], series[2:3], corpus.held_out[1:]]))
+    assert torch.equal(mixed.recovery[:6], mixed.calibration)
+    assert torch.equal(mixed.recovery[-1], series[3])
+    assert mixed.own.tolist() == [False, True, False, False, True, False, False, True]
+    assert mixed.label_shares(0.25).tolist() == [0.25, 0, 0.25, 0.25, 0, 0.25, 0.25, 0]
     assert not calls
-    more = drawn(recover=("model",), recover_nsamples=10)
-    assert torch.equal(more.held_out, first.held_out)
-    assert len(calls) == 1
-    assert len(more.recovery) == 10
-    assert not torch.equal(drawn(seed=1).calibration, first.calibration)
-    path.write_text("{")
-    with pytest.raises(RunError, match=r"--cache_dir .* is not a model's text"):
-        drawn()
+
+
+def _spread(four, two):
+    return four[0], two[0], four[1], four[2], two[1], four[3]
