@@ -211,7 +211,7 @@ class RunConfig(RunFlags):
         read = self.effective()
         calibration, recovery = read["calib_self"], read["recover_self"]
         further = (recovery or calibration) - calibration
-        return calibration, -(-calibration // 2) if self.held_out else 0, further
+        return calibration, self._held_out_of(calibration), further
 
     @property
     def _plans_on_trial(self) -> bool:
@@ -221,9 +221,18 @@ class RunConfig(RunFlags):
 
     @property
     def held_out(self) -> int:
-        """Calibration windows beside --nsamples on which something is chosen: half as many, or none."""
+        """Calibration windows beside --nsamples on which something is chosen."""
+        return self._held_out_of(self.nsamples)
+
+    def _held_out_of(self, windows: int) -> int:
+        """Half as many, or none."""
         asymmetry = self.asymmetry == AUTO and not self.plan_only
-        return -(-self.nsamples // 2) if self._plans_on_trial or asymmetry else 0
+        return -(-windows // 2) if self._plans_on_trial or asymmetry else 0
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether a cheaper pruner measures sparsities, unless the target is asymmetric (lib/trials.py)."""
+        return self._allocation.measured and PRUNERS[self.pruner].needs == "gram" and self.asymmetry in (0, AUTO)
 
     @property
     def weighs_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from .quality import allocation_scores
 from .sequential import prune_model
 from .stopwatch import Stopwatch
 from .storage import round_to_save_dtypes
-from .trials import Trials
+from .trials import MAX_STAND_IN_SPARSITY, STAND_IN, Trials, trial_windows
 from .windows import Windows
 
 ASYMMETRIES = (0.0, 0.25, 0.5, 0.75, 1.0)  # what `auto` tries of --asymmetry
@@ -48,17 +49,12 @@ def plan(
     """
     allocation, options, events = ALLOCATIONS[config.allocation], dict(config.options), []
     own, of_blocks, asymmetry, searches = {}, {}, config.asymmetry, []
-    trials = None
+    trials, tried_at = None, config.sparsity
+    trials_by = functools.partial(
+        _trials, config, model, calibration, held_out, batch_size=batch_size, store=store, cached=cached
+    )
     if config.held_out:
-        prune = functools.partial(
-            prune_to_targets, config, model, row_weights=row_weights, batch_size=batch_size, store=store
-        )
-        own_options = [str(config.options[option.name]) for option in PRUNERS[config.pruner].options]
-        way = " ".join(
-            [config.pruner, str(config.use_variant), f"{config.fisher:g}", config.sparsity_type, *own_options]
-        )
-        cached_trial = lambda key, measure: cached(f"{key} {way}", measure)  # noqa: E731
-        trials = Trials(model, prune, calibration, held_out, batch_size, store, cached_trial)
+        trials = trials_by(row_weights=row_weights)
     if asymmetry == AUTO and trials:
         begin = allocate(config.allocation if allocation.given else "uniform", problem_of(config, model))
         searches.append(trials.grid_search("asymmetry", {value: (begin, value) for value in ASYMMETRIES}))
@@ -76,17 +72,16 @@ def plan(
         )  # fmt: skip
         of_blocks = {int(block): value for block, value in of_blocks.items()}  # which JSON remembers as strings
     elif allocation.measured:
-        own, attribution = cached(
-            f"{config.prune_method} {asymmetry:g} {config.sparsity:g} {way}",
-            lambda: trials.attribute_loss(config.sparsity, asymmetry, config.pattern.group),
-        )
+        if config.stands_in and not asymmetry:
+            trials, tried_at = trials_by(stand_in=True), _stand_in_sparsity(config)
+        own, attribution = trials.attribute_loss(tried_at, asymmetry, config.pattern.group)
         searches.append(attribution)
     problem = replace(problem_of(config, model), options=options, scores=own, block_scores=of_blocks)
     parameter = next((option for option in allocation.options if option.auto), None)
     name = parameter and parameter.name
 
     def candidate(value: float) -> tuple[dict[str, float], float]:
-        at_value = replace(problem, options=options | {name: value})
+        at_value = replace(problem, options=options | {name: value}, sparsity=tried_at)
         return allocate(config.allocation, at_value, config.pattern.group), asymmetry
 
     if name and options[name] == AUTO:
@@ -103,6 +98,39 @@ def plan(
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
         "asymmetry": asymmetry, "scores": own if allocation.granular else {}, "searches": searches, "events": events,
     }  # fmt: skip
+
+
+def _trials(
+    config: RunConfig,
+    model: LanguageModel,
+    calibration: Tensor,
+    held_out: Tensor,
+    *,
+    batch_size: int,
+    store: Store | None,
+    cached: Callable[[str, Callable], object],
+    row_weights: Mapping[str, Tensor] | None = None,
+    stand_in: bool = False,
+) -> Trials:
+    """Trials with the run's pruner, or on half as many windows with the one that stands in for it."""
+    pruner, fisher = (STAND_IN, 0.0) if stand_in else (config.pruner, config.fisher)
+    if stand_in:
+        held_out = held_out[: -(-len(held_out) // 2)]
+    windows = trial_windows(calibration, stand_in)
+    own = [str(config.options[option.name]) for option in PRUNERS[pruner].options]
+    way = " ".join([pruner, str(config.use_variant), f"{fisher:g}", config.sparsity_type, str(len(windows)), *own])
+    prune = functools.partial(
+        prune_to_targets, config, model, pruner=pruner, row_weights=row_weights, batch_size=batch_size, store=store
+    )
+    of_way = lambda key, measure: cached(f"{key} {way}", measure)  # noqa: E731
+    return Trials(model, prune, windows, held_out, batch_size, store, of_way)
+
+
+def _stand_in_sparsity(config: RunConfig) -> float:
+    """The sparsity at which matrices are told apart; with N:M one that the pattern has."""
+    group = config.pattern.group
+    most = math.floor(MAX_STAND_IN_SPARSITY * group) / group if group else MAX_STAND_IN_SPARSITY
+    return min(config.sparsity, most)
 
 
 def problem_of(config: RunConfig, model: LanguageModel) -> Problem:
@@ -129,13 +157,14 @@ def prune_to_targets(
     targets: Mapping[str, float],
     asymmetry: float,
     windows: Tensor | None,
+    pruner: str | None = None,
     **kwargs,
 ) -> None:
-    """`prune_model` with the flags' pruner and pattern; `kwargs` are its other arguments."""
-    pruner = PRUNERS[config.pruner]
+    """`prune_model` with the flags' pruner, or another one, and pattern; `kwargs` are its other arguments."""
+    chosen = PRUNERS[pruner or config.pruner]
     if config.use_variant:
-        pruner = pruner.variant
-    prune_model(model, pruner.at(config.options), targets, config.pattern, windows, asymmetry=asymmetry, **kwargs)
+        chosen = chosen.variant
+    prune_model(model, chosen.at(config.options), targets, config.pattern, windows, asymmetry=asymmetry, **kwargs)
 
 
 def apply_plan(

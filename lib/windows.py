@@ -90,5 +90,6 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
 def _parts(config: RunConfig, found: Tensor) -> Windows:
     calibration, held_out, further = found.split([config.nsamples, config.held_out, config.further])
     recovery = torch.cat([calibration, further])
-    ranks.check_enough(f"--nsamples {config.nsamples}", trial_windows(calibration) if config.held_out else calibration)
+    least = trial_windows(calibration, config.stands_in) if config.held_out else calibration
+    ranks.check_enough(f"--nsamples {config.nsamples}", least)
     return Windows(calibration, held_out, recovery, torch.zeros(len(recovery), dtype=bool))

@@ -162,7 +162,11 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
     record = main.run(RunConfig(**options, **flag))
     chosen = {}
     for search, count in zip(record["searches"], tried, strict=True):
-        assert (search["calibration_windows"], search["held_out_windows"]) == (2, 4)
+        by_stand_in = (
+            method == "sparsegpt_search" and search["parameter"] != "asymmetry" and not chosen.get("asymmetry")
+        )
+        windows = (search["calibration_windows"], search["held_out_windows"])
+        assert windows == ((1, 2) if by_stand_in else (2, 4))
         assert search["seconds"] > 0
         if search["parameter"] == "sparsities":
             assert search["levels"] == pytest.approx([0.4, 0.5])
@@ -185,6 +189,35 @@ def test_what_was_tried_is_recorded_and_undone(method, flag, tried, tiny_folder,
         assert [search["parameter"] for search in again["searches"]] == measured
         assert again["layers"] == record["layers"]
         assert again["perplexity"] == record["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "levels"),
+    [
+        ({"sparsity_ratio": 0.8}, [0.5, 0.6]),
+        ({"sparsity_ratio": 0.4}, [0.3, 0.4]),
+        ({"sparsity_type": "3:4"}, [0.25, 0.5]),
+    ],
+)
+def test_wanda_measures_sparsities_in_place_of_dearer_pruners(pattern, levels, tiny_folder, tmp_path):
+    """At 60 % at most; with an asymmetric target the pruner itself does."""
+    options = {
+        "model": str(tiny_folder), "seqlen": 32, "nsamples": 8, "device": "cpu", "plan_only": True,
+        "calib_data": str(tiny_folder / "letters.txt"), "cache_dir": str(tmp_path / "cache"), **pattern,
+        "mapping_type": "layer_wise", "save": str(tmp_path / "out"),
+    }  # fmt: skip
+    runs = [
+        main.run(RunConfig(prune_method=method, **options, **more))
+        for method, more in (
+            ("sparsegpt_search", {}),
+            ("alps_search", {"fisher": 0.5}),
+            ("alps_search", {"asymmetry": 0.5}),
+        )
+    ]
+    assert runs[0]["layers"] == runs[1]["layers"]
+    first, second, own = (run["searches"][0] for run in runs)
+    assert first["rise"] == second["rise"] != own["rise"]
+    assert first["levels"] == pytest.approx(levels)
 
 
 @pytest.mark.parametrize("stream", [False, True])
