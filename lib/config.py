@@ -25,9 +25,9 @@ TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}  # a batch that stays in a CPU's ca
 RELIEF = {
     "sample": "no text of the model's own (--calib_data, --calib_self, --recover_self)",
     "load": "a GPU with room for the model (--device)",
-    "calibrate": "fewer --nsamples",
+    "calibrate": "fewer windows (--nsamples, --calib_self)",
     "statistics": "a pruner without Gram matrices, such as wanda",
-    "dense": "fewer --nsamples, or no --asymmetry and no --recover",
+    "dense": "fewer windows (--nsamples, --calib_self), or no --asymmetry and no --recover",
     "prune": "another pruner (wanda takes least)",
     "recover": "no --recover",
     "fisher": "no --fisher",
@@ -138,6 +138,8 @@ class RunConfig(RunFlags):
                 f"--recover_self {self.recover_self}: is less than --calib_self {self.calib_self}, of which recovery "
                 "sees all"
             )
+        if self.recover_self == self.calib_self:  # what it is by default, by one name
+            object.__setattr__(self, "recover_self", None)
         for name, more in (("calib_self", "--nsamples"), ("recover_self", "--recover_nsamples")):
             if read[name] and self.writes_own_text:
                 already = f"--calib_data {OWN_TEXT} is the model's own text already"
@@ -251,7 +253,10 @@ class RunConfig(RunFlags):
     @property
     def streamed_windows(self) -> int:
         """Windows whose hidden states are held while blocks are pruned."""
-        return self.nsamples + (self.further if self.recovers_blocks else 0) if self.calibrated else 0
+        calibration, _, further = self.own_windows
+        if self.recovers_blocks:
+            return self.nsamples + self.further + calibration + further
+        return self.nsamples + calibration if self.calibrated else 0
 
     @property
     def copies(self) -> int:
@@ -292,6 +297,8 @@ class RunConfig(RunFlags):
         unread = super().unread() | ({*options_of(*OPTIONED)} - own)
         if self.plan_only:
             unread |= {*AFTER_PLAN, *(("use_variant", "asymmetry", "fisher") if not self._plans_on_trial else ())}
+            if self.stands_in and self.asymmetry != AUTO:
+                unread |= {"fisher"}
         if self.sparsity == 0:
             unread |= {"recover"}
         if not self._allocation.granular:

@@ -22,7 +22,7 @@ from .quality import allocation_scores
 from .sequential import prune_model
 from .stopwatch import Stopwatch
 from .storage import round_to_save_dtypes
-from .trials import MAX_STAND_IN_SPARSITY, STAND_IN, Trials, trial_windows
+from .trials import MAX_STAND_IN_SPARSITY, STAND_IN, Trials, stand_in_held_out, trial_windows
 from .windows import Windows
 
 ASYMMETRIES = (0.0, 0.25, 0.5, 0.75, 1.0)  # what `auto` tries of --asymmetry
@@ -112,13 +112,13 @@ def _trials(
     row_weights: Mapping[str, Tensor] | None = None,
     stand_in: bool = False,
 ) -> Trials:
-    """Trials with the run's pruner, or on half as many windows with the one that stands in for it."""
-    pruner, fisher = (STAND_IN, 0.0) if stand_in else (config.pruner, config.fisher)
+    """Trials with the run's pruner, or on fewer windows with the one that stands in for it."""
+    pruner, fisher, windows = config.pruner, config.fisher, trial_windows(calibration, stand_in)
     if stand_in:
-        held_out = held_out[: -(-len(held_out) // 2)]
-    windows = trial_windows(calibration, stand_in)
+        pruner, fisher, held_out = STAND_IN, 0.0, stand_in_held_out(held_out)
     own = [str(config.options[option.name]) for option in PRUNERS[pruner].options]
-    way = " ".join([pruner, str(config.use_variant), f"{fisher:g}", config.sparsity_type, str(len(windows)), *own])
+    sizes = [str(len(windows)), str(len(held_out))]
+    way = " ".join([pruner, str(config.use_variant), f"{fisher:g}", config.sparsity_type, *sizes, *own])
     prune = functools.partial(
         prune_to_targets, config, model, pruner=pruner, row_weights=row_weights, batch_size=batch_size, store=store
     )
@@ -127,7 +127,7 @@ def _trials(
 
 
 def _stand_in_sparsity(config: RunConfig) -> float:
-    """The sparsity at which matrices are told apart; with N:M one that the pattern has."""
+    """The sparsity at which matrices are told apart: the run's, or the most that STAND_IN and N:M allow below it."""
     group = config.pattern.group
     most = math.floor(MAX_STAND_IN_SPARSITY * group) / group if group else MAX_STAND_IN_SPARSITY
     return min(config.sparsity, most)

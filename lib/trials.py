@@ -23,14 +23,25 @@ STEP = 0.1  # of sparsity, over which the loss's rise is attributed; with N:M it
 HALVINGS = 2  # of a strength that does worse than uniform sparsities
 
 # What sparsities are measured with where the run's pruner solves least squares towards symmetric targets: it tells
-# matrices apart as well, for a fifth of the time (docs/log.md). Above the sparsity its models know too little to ask.
+# matrices apart as well, for a quarter of the time (docs/log.md). Above the sparsity its models know too little to ask.
 STAND_IN = "wanda"
 MAX_STAND_IN_SPARSITY = 0.6
+STAND_IN_WINDOWS = 8, 16  # at least, of the calibration and held out, where a trial by the run's pruner has as many
 
 
 def trial_windows(calibration: Tensor, stands_in: bool = False) -> Tensor:
     """The calibration windows that a trial reads: a quarter, or of one by STAND_IN an eighth."""
-    return calibration[: -(-len(calibration) // (8 if stands_in else 4))]
+    quarter = calibration[: -(-len(calibration) // 4)]
+    return _half(quarter, STAND_IN_WINDOWS[0]) if stands_in else quarter
+
+
+def stand_in_held_out(held_out: Tensor) -> Tensor:
+    """The windows held out that a trial by STAND_IN reads: half of them."""
+    return _half(held_out, STAND_IN_WINDOWS[1])
+
+
+def _half(windows: Tensor, least: int) -> Tensor:
+    return windows[: max(least, -(-len(windows) // 2))]
 
 
 class Trials:

@@ -69,7 +69,7 @@ def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seq
 
 
 def _mixed(corpus: Tensor, own: Tensor) -> Tensor:
-    """Both, evenly spread: the first half or quarter holds of both what the whole does."""
+    """Both, evenly spread: what is taken of the front holds of both about the share that the whole does."""
     places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in (corpus, own)])
     return torch.cat([corpus, own])[places.argsort(stable=True)]
 
@@ -78,7 +78,7 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
     """The first windows that the dense model writes, cached from run to run."""
     settings = {
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
-        "device": model.device.type, "dtype": str(model.model.dtype),
+        "device": model.device.type, "dtype": str(model.model.dtype), "drawn": "by inversion",
     }  # fmt: skip
     known = results.load_own_text(config, settings)
     if known is None or len(known) < count:
@@ -90,6 +90,7 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
 def _parts(config: RunConfig, found: Tensor) -> Windows:
     calibration, held_out, further = found.split([config.nsamples, config.held_out, config.further])
     recovery = torch.cat([calibration, further])
-    least = trial_windows(calibration, config.stands_in) if config.held_out else calibration
+    every = torch.empty(config.nsamples + config.own_windows[0], 0)  # with what the dense model is still to write
+    least = trial_windows(every, config.stands_in) if config.held_out else every
     ranks.check_enough(f"--nsamples {config.nsamples}", least)
     return Windows(calibration, held_out, recovery, torch.zeros(len(recovery), dtype=bool))

@@ -155,6 +155,17 @@ def test_windows_of_the_models_own(configure):
     assert configure(recover="model", recover_self=7).own_windows == (0, 0, 7)
     assert configure(calib_self=5, recover_self=2).own_windows == (5, 0, 0)  # nothing is recovered
     assert configure(prune_method="magnitude", calib_self=5).unused_flags() == ["--calib_self"]
+    assert configure(calib_self=5).streamed_windows == 128 + 5
+    assert configure(calib_self=5, recover="block", recover_self=7).streamed_windows == 256 + 7
+    by_default, told = (configure(calib_self=5, recover="model", **more) for more in ({}, {"recover_self": 5}))
+    assert by_default.digest == told.digest
+
+
+def test_a_plan_of_a_stand_in_reads_no_fisher(configure):
+    options = {"prune_method": "alps_search", "fisher": 0.5, "plan_only": True}
+    assert configure(**options).unused_flags() == ["--fisher"]
+    assert not configure(**options).weighs_rows
+    assert all(configure(**options, asymmetry=value).weighs_rows for value in ("auto", 0.5))
 
 
 def test_runs_from_before_a_flag_keep_their_names(configure):
