@@ -23,7 +23,7 @@ STEP = 0.1  # of sparsity, over which the loss's rise is attributed; with N:M it
 HALVINGS = 2  # of a strength that does worse than uniform sparsities
 
 # What sparsities are measured with where the run's pruner solves least squares towards symmetric targets: it tells
-# matrices apart as well, for a quarter of the time (docs/log.md). Above the sparsity its models know too little to ask.
+# matrices apart as well, for a fifth of the time (docs/log.md). Above the sparsity its models know too little to ask.
 STAND_IN = "wanda"
 MAX_STAND_IN_SPARSITY = 0.6
 STAND_IN_WINDOWS = 8, 16  # at least, of the calibration and held out, where a trial by the run's pruner has as many
