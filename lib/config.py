@@ -133,7 +133,7 @@ class RunConfig(RunFlags):
                 f"--recover_nsamples {self.recover_nsamples}: is less than {least}, of which recovery sees all"
             )
         read = self.effective()
-        if (read["recover_self"] or 0) < read["calib_self"] and read["recover_self"] is not None:
+        if read["recover_self"] is not None and read["recover_self"] < read["calib_self"]:
             raise RunError(
                 f"--recover_self {self.recover_self}: is less than --calib_self {self.calib_self}, of which recovery "
                 "sees all"

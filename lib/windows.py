@@ -57,14 +57,14 @@ def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seq
         return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
     sizes = config.own_windows
     calibration, held_out, further = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
-    recovery = windows.recovery.split([config.nsamples, config.further])
-    own = [torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool)]
-    beside = [torch.zeros(config.further, dtype=bool), torch.ones(len(further), dtype=bool)]
+    mixed = _mixed(windows.calibration, calibration)
+    own = _mixed(torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool))
+    beside = torch.tensor([False] * config.further + [True] * len(further))
     return Windows(
-        calibration=_mixed(windows.calibration, calibration),
+        calibration=mixed,
         held_out=_mixed(windows.held_out, held_out),
-        recovery=torch.cat([_mixed(recovery[0], calibration), recovery[1], further]),
-        own=torch.cat([_mixed(*own), *beside]),
+        recovery=torch.cat([mixed, windows.recovery[config.nsamples :], further]),
+        own=torch.cat([own, beside.bool()]),
     )
 
 
