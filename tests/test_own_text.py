@@ -119,14 +119,18 @@ def test_the_cache_grows_and_is_the_models_own(tmp_path, monkeypatch):
     assert torch.equal(beside.recovery[beside.own], series[:5])
     assert torch.equal(beside.calibration, corpus.calibration)
     mixed = drawn(**options, calib_self=2, recover_self=3)  # of the series 2, then 1 that is held out, then 1
-    assert torch.equal(mixed.calibration, torch.stack([*_spread(corpus.calibration, series[:2])]))
+    assert torch.equal(mixed.calibration, torch.cat([corpus.calibration, series[:2]])[[0, 4, 1, 2, 5, 3]])
     assert torch.equal(mixed.held_out, torch.cat([corpus.held_out[:1], series[2:3], corpus.held_out[1:]]))
     assert torch.equal(mixed.recovery[:6], mixed.calibration)
     assert torch.equal(mixed.recovery[-1], series[3])
     assert mixed.own.tolist() == [False, True, False, False, True, False, False, True]
     assert mixed.label_shares(0.25).tolist() == [0.25, 0, 0.25, 0.25, 0, 0.25, 0.25, 0]
     assert not calls
-
-
-def _spread(four, two):
-    return four[0], two[0], four[1], four[2], two[1], four[3]
+    more = drawn(recover=("model",), recover_nsamples=10)
+    assert torch.equal(more.held_out, first.held_out)
+    assert len(calls) == 1
+    assert len(more.recovery) == 10
+    assert not torch.equal(drawn(seed=1).calibration, first.calibration)
+    path.write_text("{")
+    with pytest.raises(RunError, match=r"--cache_dir .* is not a model's text"):
+        drawn()
