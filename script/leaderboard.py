@@ -4,7 +4,7 @@
         --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
-rest flags of main.py; what follows `--` are flags of every run. With --tasks the mean of their zero-shot accuracies
+rest flags of main.py; what follows `--` are flags of every run whose line does not say otherwise. With --tasks the mean of their zero-shot accuracies
 is one more column; runs from before stay without it. A run is what `main.py` does with these flags; the
 model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in the folder holds
 are not run again, and the files are written anew after each; protocol.txt keeps what all runs there have in common.
@@ -37,8 +37,10 @@ from lib.fisher import row_fisher, row_weights
 from lib.harness_tasks import load_tasks
 from lib.load import find_source, load_model, load_tokenizer
 from lib.memory import keep_freed_memory
+from lib.options import options_of
 from lib.plan import apply_plan, plan
 from lib.quality import allocation_scores
+from lib.run_flags import OPTIONED
 from lib.stopwatch import Stopwatch
 from lib.windows import corpus_windows, with_own_text
 
@@ -68,8 +70,22 @@ class Text:
         return f"perplexity_{self.name}"
 
 
-def entries(path: Path, common: list[str]) -> Iterator[RunConfig]:
-    """A RunConfig for each run that the list asks for, in order and each once."""
+@dataclass(frozen=True)
+class Run:
+    """settings: what the method is beside its name, the flags in which its line departs from the protocol"""
+
+    config: RunConfig
+    settings: str
+
+    @property
+    def key(self) -> str:
+        """A run apart from the protocol."""
+        method, sparsity = self.config.prune_method, f"{self.config.sparsity:g}"
+        return " ".join(filter(None, [method, sparsity, f"seed{self.config.seed}", self.settings]))
+
+
+def entries(path: Path, common: list[str]) -> Iterator[Run]:
+    """A Run for each that the list asks for, in order and each once."""
     known = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         words = shlex.split(line, comments=True)
@@ -78,38 +94,25 @@ def entries(path: Path, common: list[str]) -> Iterator[RunConfig]:
         pruners, allocations, sparsities, seeds = (word.split(",") for word in words[:4])
         for sparsity, seed, pruner, allocation in itertools.product(sparsities, seeds, pruners, allocations):
             method = pruner if allocation == "uniform" else f"{pruner}_{allocation}"
-            flags = ["--prune_method", method, "--sparsity_ratio", sparsity, "--seed", seed, *words[4:], *common]
-            config = cli.parse([*flags, "--no-eval_wikitext"])
-            if (key := run_key(config)) not in known:
-                known.add(key)
-                yield config
+            flags = ["--prune_method", method, "--sparsity_ratio", sparsity, "--seed", seed, "--no-eval_wikitext"]
+            config, protocol = cli.parse([*flags, *common, *words[4:]]), cli.parse([*flags, *common])
+            run = Run(config, _settings(config.effective(), protocol.effective()))
+            if run.key not in known:
+                known.add(run.key)
+                yield run
 
 
-def settings(config: RunConfig) -> str:
-    """What a method is beside its name: the flags of the line that are not the defaults, as main.py takes them."""
-    read = config.effective()
+def _settings(of_run: dict, of_protocol: dict) -> str:
+    """The flags that differ, as main.py takes them."""
+    names = (
+        "ww_metric", *options_of(*OPTIONED), "mapping_type", "use_variant", "asymmetry", "fisher", "calib_self", "recover",
+        "recover_nsamples", "distill", "recover_self", "sparsity_type", "nsamples",
+    )  # fmt: skip
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in (
-            "ww_metric",
-            *config.options,
-            "mapping_type",
-            "use_variant",
-            "asymmetry",
-            "fisher",
-            "calib_self",
-            "recover",
-            "recover_nsamples",
-            "distill",
-            "recover_self",
-        )
-        if (value := read[name]) != RunConfig.__dataclass_fields__[name].default
+        for name in names
+        if (value := of_run[name]) != of_protocol[name]
     )
-
-
-def run_key(config: RunConfig) -> str:
-    """A run apart from the protocol."""
-    return " ".join(filter(None, [config.prune_method, f"{config.sparsity:g}", f"seed{config.seed}", settings(config)]))
 
 
 def _windows_key(config: RunConfig) -> tuple:
@@ -332,8 +335,9 @@ class Runner:
             found[ACCURACY] = f"{zero_shot.mean(zero_shot.evaluate(self._model, self._tasks, config.batch)):.6f}"
         return found
 
-    def run(self, config: RunConfig) -> dict:
+    def run(self, run: Run) -> dict:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
+        config = run.config
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._cached(
             "windows", config.held_out, config.further, config.own_windows, *_windows_key(config),
@@ -366,7 +370,7 @@ class Runner:
             log.info("%s: %s", event["matrix"], event["message"])
         seconds = clock.seconds()
         return {
-            "run": run_key(config), "method": config.prune_method, "settings": settings(config),
+            "run": run.key, "method": config.prune_method, "settings": run.settings,
             "sparsity": config.sparsity, "seed": config.seed, **found,
             "achieved": f"{results.overall_sparsity(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
@@ -391,15 +395,15 @@ def main() -> None:
         raise RunError("--eval_data: two texts have one name; give names, NAME=DATA")
     limited = [f"--task_limit {options.task_limit}"] if options.task_limit else []
     board, runner = Board(options.save, texts, common, options.tasks and [*options.tasks, *limited]), None
-    configs = list(entries(options.list, common))
-    for config in configs:
-        if run_key(config) in board:
+    runs = list(entries(options.list, common))
+    for run in runs:
+        if run.key in board:
             continue
-        log.info("run: %s", run_key(config))
-        runner = runner or Runner(configs, texts, options.tasks, options.task_limit)
+        log.info("run: %s", run.key)
+        runner = runner or Runner([run.config for run in runs], texts, options.tasks, options.task_limit)
         if DENSE not in board:
-            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(config))
-        board.add(**runner.run(config))
+            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(run.config))
+        board.add(**runner.run(run))
     if runner is None:
         board.write()
 
