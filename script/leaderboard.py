@@ -4,10 +4,11 @@
         --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
-rest flags of main.py; what follows `--` are flags of every run whose line does not say otherwise. With --tasks the mean of their zero-shot accuracies
-is one more column; runs from before stay without it. A run is what `main.py` does with these flags; the
-model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in the folder holds
-are not run again, and the files are written anew after each; protocol.txt keeps what all runs there have in common.
+rest flags of main.py; what follows `--` are flags of every run whose line does not say otherwise. With --tasks the mean
+of their zero-shot accuracies is one more column; runs from before stay without it. A run is what `main.py` does with
+these flags; the model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in
+the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all runs there
+have in common.
 """
 
 import argparse
@@ -105,8 +106,8 @@ def entries(path: Path, common: list[str]) -> Iterator[Run]:
 def _settings(of_run: dict, of_protocol: dict) -> str:
     """The flags that differ, as main.py takes them."""
     names = (
-        "ww_metric", *options_of(*OPTIONED), "mapping_type", "use_variant", "asymmetry", "fisher", "calib_self", "recover",
-        "recover_nsamples", "distill", "recover_self", "sparsity_type", "nsamples",
+        "ww_metric", *options_of(*OPTIONED), "mapping_type", "use_variant", "asymmetry", "fisher", "calib_self",
+        "recover", "recover_nsamples", "distill", "recover_self", "sparsity_type", "nsamples",
     )  # fmt: skip
     return " ".join(
         f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
