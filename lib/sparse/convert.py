@@ -1,5 +1,6 @@
 """A pruned model that is smaller and faster: its matrices held without their zeros."""
 
+import functools
 import logging
 import re
 from collections import defaultdict
@@ -14,7 +15,7 @@ from ..load import Source, choose_device, choose_dtype, find_source, load_config
 from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
-from .choice import MIN_SPARSITY, most_tokens
+from .choice import MIN_SPARSITY, most_tokens, pays
 from .format import pack
 from .linear import SparseLinear
 
@@ -128,9 +129,10 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
         return account.dense["with too few zeros"].append(matrix.name)
     if not all(_is_plain(use.module, use.weight) for use in matrix.uses):
         return account.dense["as their layers do more than multiply"].append(matrix.name)
-    if cuda.is_two_of_four(weight):
-        layer = cuda.semi_structured(module, weight)
-        after = weight.numel() * weight.element_size() * 9 // 16
+    as_two_of_four = functools.partial(cuda.semi_structured, module, weight)
+    after = weight.nbytes * 9 // 16
+    if cuda.is_two_of_four(weight) and (threshold is not None or pays(as_two_of_four, after, weight)):
+        layer = as_two_of_four()
     else:
         layer = SparseLinear(pack(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed)
         if threshold is None:
