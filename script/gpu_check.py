@@ -448,7 +448,7 @@ def sparse() -> None:
 
     def product(share: float, tokens: int) -> dict:
         weight = torch.randn(n, m, device=device).to(dtype).masked_fill_(torch.rand(n, m, device=device) < share, 0)
-        layer = SparseLinear(pack(weight), None, dtype, max_tokens=tokens)
+        layer = SparseLinear(pack_for_device(weight), None, dtype, max_tokens=tokens)
         x = torch.randn(tokens, m, device=device, dtype=dtype)
         exact, repeat = x.double() @ weight.double().T, 50 if on_gpu() else 2
         packed = [lambda own=own: own(x) for own in cold_copies(layer.copy, layer.packed.bytes)]
@@ -576,7 +576,7 @@ if __name__ == "__main__":
     from lib.metrics import METRICS
     from lib.quality import allocation_scores
     from lib.sequential import walk
-    from lib.sparse import SparseLinear, cuda, pack
+    from lib.sparse import SparseLinear, cuda, pack_for_device
     from lib.sparse.choice import cold_copies
     from lib.stats import add_gram
     from lib.trials import Trials

@@ -23,7 +23,8 @@ from torch import nn
 
 from lib import LanguageModel, RunError, save_checkpoint, sparse_model
 from lib.results.checkpoint import compressed_size
-from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, kernels, pack, threads
+from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, indexed, kernels, pack, threads
+from lib.sparse.indexed import pack_indexed
 
 HAS = cpu.features()
 CASES = [(variant, kind) for variant in kernels.VARIANTS for kind in variant.kinds]
@@ -109,49 +110,106 @@ def test_size():
     assert packed.bytes / (512 * 1024) == pytest.approx(format.bytes_per_weight(packed.sparsity), abs=0.02)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize(("kind", "chunks"), [*zip(format.KINDS, (1, 4), strict=True), (torch.float16, 2)], ids=str)
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@pytest.mark.parametrize("kind", format.KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 100), (5, 256), (7, 1100), (3, 70_000)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.95, 1.0])
+def test_what_a_gpu_multiplies_by(shape, sparsity, kind):
+    """Every weight is told with its column; what fills a quad is nothing."""
+    weight = sparse_matrix(*shape, kind, sparsity)
+    weight[0, -1] = float("nan")
+    packed, other = pack_indexed(weight), pack(weight)
+    assert torch.equal(packed.dense().view(torch.int16), weight.view(torch.int16))
+    assert (packed.rows, packed.columns, packed.kind) == (*shape, kind)
+    assert packed.sparsity == pytest.approx(other.sparsity)
+    assert packed.blocks.dtype == (torch.uint8 if shape[1] <= 256 * 256 else torch.int32)
+    filling = packed.values.numel() - int(packed.values.count_nonzero())
+    assert filling <= 3 * shape[0] * -(-shape[1] // 256)
+
+
+def test_values_of_32_bits_are_rounded_for_a_gpu_as_for_a_cpu():
+    weight = sparse_matrix(9, 300, torch.float32)
+    assert pack_indexed(weight).kind == pack(weight).kind
+    assert torch.equal(pack_indexed(weight).dense(), pack(weight).dense())
+
+
+def test_size_on_a_gpu():
+    packed = pack_indexed(sparse_matrix(512, 4096, torch.bfloat16, 0.7))
+    assert packed.bytes / (512 * 4096) == pytest.approx(indexed.bytes_per_weight(packed.sparsity), abs=0.01)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("configuration", [(16, 1), (16, 2), (32, 4)], ids=str)
+@pytest.mark.parametrize("kind", format.KINDS, ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="script/gpu_check.py runs it on the GPU")
-def test_gpu_kernel(kind, chunks, monkeypatch):
+def test_gpu_kernel(kind, configuration, monkeypatch):
     """On the CPU, by Triton's interpreter."""
     from lib.sparse import gpu_kernel
 
-    monkeypatch.setattr(gpu_kernel, "CHUNKS", (0, chunks))
+    monkeypatch.setattr(gpu_kernel, "CONFIGURATIONS", (configuration,))
     for shape in ((1, 1), (9, 100), (3, 1100)):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
-        exact = x.double() @ weight.double().T
-        torch.testing.assert_close(cuda.multiply(pack(weight), x).double(), exact, rtol=1e-4, atol=1e-4)
-        found = cuda.multiply(pack(weight), x.float()[1:])  # a row that begins anywhere
+        packed, exact = pack_indexed(weight), x.double() @ weight.double().T
+        torch.testing.assert_close(cuda.multiply(packed, x).double(), exact, rtol=1e-4, atol=1e-4)
+        found = cuda.multiply(packed, x.float()[1:])  # a row that begins anywhere
         torch.testing.assert_close(found.double(), exact[1:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(cuda.multiply(pack(weight), x.double()).double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cuda.multiply(packed, x.double()).double(), exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(cuda.product(packed, x).double(), exact, rtol=0.02, atol=0.02)
     x[0, 3] = float("inf")
-    assert torch.equal(cuda.multiply(pack(weight), x).isnan(), F.linear(x, weight).isnan())
+    reached = ~cuda.multiply(packed, x).isfinite()
+    assert torch.equal(reached[0], weight[:, 3] != 0)
+    assert not reached[1].any()
 
 
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lib.sparse import gpu_kernel
-for kind, width in (("bf16", 16), ("fp32", 32)):
-    for chunks in gpu_kernel.CHUNKS:
-        types = dict(masks="*u8", values="*bf16", offsets="*i64", x=f"*{kind}", out="*fp32", rows="i32",
-                     row_bytes="i32", WIDTH="constexpr", CHUNKS="constexpr")
-        source = ASTSource(gpu_kernel._multiply.fn, types, dict(WIDTH=width, CHUNKS=chunks))
+aligned = {(i,): [["tt.divisibility", 16]] for i in range(6)}  # as torch's memory is
+for kind in ("bf16", "fp32"):
+    for quads, steps in gpu_kernel.CONFIGURATIONS:
+        types = dict(values="*bf16", places="*u8", blocks="*u8", offsets="*i32", x=f"*{kind}", out="*fp32", rows="i32",
+                     columns="i32", QUADS="constexpr", STEPS="constexpr")
+        source = ASTSource(gpu_kernel._multiply.fn, types, dict(QUADS=quads, STEPS=steps), aligned)
         made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=1))
-        print(kind, chunks, "cubin" in made.asm, made.metadata.shared)
+        print(kind, quads, steps, "cubin" in made.asm, made.metadata.shared)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@NEEDS_TRITON
 def test_gpu_kernel_compiles(tmp_path):
     """For a card that need not be there: the interpreter takes what the compiler refuses."""
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    compiled = [f"{kind} {chunks} True 0" for kind in ("bf16", "fp32") for chunks in (1, 2, 4)]
+    configurations = ("16 4", "32 2", "32 4")
+    compiled = [f"{kind} {configuration} True 0" for kind in ("bf16", "fp32") for configuration in configurations]
     assert done.stdout.splitlines() == compiled  # and nothing goes by way of shared memory
+
+
+def test_a_layer_that_is_moved_is_packed_anew(monkeypatch):
+    """To a GPU and back; on a machine without one, where the GPU is told by a flag."""
+    from lib.sparse import linear
+
+    weight, bias, x = sparse_matrix(9, 300, torch.float16), torch.ones(9), torch.randn(2, 300)
+    layer = SparseLinear(pack(weight), bias, torch.float16)
+    layer.half()
+    assert isinstance(layer.packed, format.Packed)
+    expected = layer(x)
+    monkeypatch.setattr(linear, "_form", lambda _tensor: indexed.Indexed)
+    layer.to("cpu")
+    assert isinstance(layer.packed, indexed.Indexed)
+    assert {*dict(layer.named_buffers())} == {"values", "places", "blocks", "offsets"}
+    assert torch.equal(layer.weight, weight)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=1e-2, atol=1e-2)
+    assert not layer.state_dict().keys() - {"weight", "bias"}
+    monkeypatch.undo()
+    layer.float()
+    assert isinstance(layer.packed, format.Packed)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_threads(monkeypatch):

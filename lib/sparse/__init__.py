@@ -2,6 +2,6 @@
 
 from .convert import own_dtype, sparse_model
 from .format import Packed, pack
-from .linear import SparseLinear
+from .linear import SparseLinear, pack_for_device
 
-__all__ = ["Packed", "SparseLinear", "own_dtype", "pack", "sparse_model"]
+__all__ = ["Packed", "SparseLinear", "own_dtype", "pack", "pack_for_device", "sparse_model"]

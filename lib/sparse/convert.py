@@ -16,8 +16,7 @@ from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
 from .choice import MIN_SPARSITY, most_tokens, pays
-from .format import pack
-from .linear import SparseLinear
+from .linear import SparseLinear, pack_for_device
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +133,9 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
     if cuda.is_two_of_four(weight) and (threshold is not None or pays(as_two_of_four, after, weight)):
         layer = as_two_of_four()
     else:
-        layer = SparseLinear(pack(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed)
+        layer = SparseLinear(
+            pack_for_device(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed
+        )
         if threshold is None:
             layer.max_tokens = most_tokens(layer, weight)
         if not layer.max_tokens:

@@ -1,4 +1,4 @@
-"""Products with packed matrices on a GPU, in Triton; with those that are 2:4, by torch's own tensors."""
+"""Products with matrices without their zeros on a GPU, in Triton; with those that are 2:4, by torch's own tensors."""
 
 import copy
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .format import Packed
+from .indexed import Indexed
 
 
 def is_two_of_four(weight: Tensor) -> bool:
@@ -27,13 +27,13 @@ def semi_structured(module: nn.Module, weight: Tensor) -> nn.Linear:
     return layer.eval()
 
 
-def multiply(packed: Packed, x: Tensor) -> Tensor:
+def multiply(packed: Indexed, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
     from .gpu_kernel import multiply as by_kernel  # Triton comes with torch's build for CUDA only
 
     return by_kernel(packed, x)
 
 
-def product(packed: Packed, x: Tensor) -> Tensor:
+def product(packed: Indexed, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed, which is unpacked whole."""
     return F.linear(x, packed.dense().to(x.dtype))

@@ -55,8 +55,7 @@ def pack(weight: Tensor) -> Packed:
     """A matrix (rows, columns) without its zeros, on its own device. Values in 16 bits are kept as they are; others
     are rounded to the type of 16 bits that changes them less, which is none where one holds them exactly.
     """
-    kind = weight.dtype if weight.dtype in KINDS else storage_dtype(weight)
-    mask, (rows, columns) = weight.contiguous() != 0, weight.shape
+    kind, mask, (rows, columns) = storage_kind(weight), weight.contiguous() != 0, weight.shape
     whole = torch.nn.functional.pad(mask, (0, -columns % WORD))
     bits = numpy.packbits(whole.numpy(force=True), axis=1, bitorder="little")
     masks = torch.from_numpy(bits.view("<i4").reshape(rows, -1).copy()).to(weight.device)
@@ -67,8 +66,12 @@ def pack(weight: Tensor) -> Packed:
     return Packed(masks, values, offsets, columns, kind)
 
 
-def storage_dtype(weight: Tensor) -> torch.dtype:
-    """The type of 16 bits that rounds the values with the smaller squared error; bfloat16 where both are exact."""
+def storage_kind(weight: Tensor) -> torch.dtype:
+    """The weight's own type of 16 bits, or that which rounds the values with the smaller squared error; bfloat16 where
+    both are exact.
+    """
+    if weight.dtype in KINDS:
+        return weight.dtype
     return min(KINDS, key=lambda kind: float((weight - weight.to(kind).to(weight.dtype)).square().sum()))
 
 

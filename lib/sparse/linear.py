@@ -1,12 +1,14 @@
 """A linear map whose matrix is held without its zeros."""
 
 import copy
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .format import Packed, pack
+from .indexed import Indexed, pack_indexed
 
 
 class SparseLinear(nn.Module):
@@ -22,19 +24,30 @@ class SparseLinear(nn.Module):
     """
 
     def __init__(
-        self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, max_tokens: int = 1, transposed: bool = False
+        self,
+        packed: Packed | Indexed,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        max_tokens: int = 1,
+        transposed: bool = False,
     ):
         super().__init__()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        for name in ("masks", "values", "offsets"):
-            self.register_buffer(name, getattr(packed, name), persistent=False)
         self.in_features, self.out_features = packed.columns, packed.rows
-        self.kind, self.dtype, self.max_tokens, self.transposed = packed.kind, dtype, max_tokens, transposed
+        self.dtype, self.max_tokens, self.transposed = dtype, max_tokens, transposed
+        self._hold(packed)
+
+    def _hold(self, packed: Packed | Indexed) -> None:
+        self.kind, self._form = packed.kind, type(packed)
+        for name in list(self._buffers):
+            delattr(self, name)
+        for field in fields(packed):
+            if isinstance(part := getattr(packed, field.name), Tensor):
+                self.register_buffer(field.name, part, persistent=False)
 
     @property
-    def packed(self) -> Packed:
-        buffers = self._buffers
-        return Packed(buffers["masks"], buffers["values"], buffers["offsets"], self.in_features, self.kind)
+    def packed(self) -> Packed | Indexed:
+        return self._form(**self._buffers, columns=self.in_features, kind=self.kind)
 
     @property
     def weight(self) -> Tensor:
@@ -49,8 +62,14 @@ class SparseLinear(nn.Module):
 
     def write(self, weight: Tensor) -> None:
         """Pack other values, given as `weight` has them."""
-        packed = pack(weight.T if self.transposed else weight)
-        self.masks, self.values, self.offsets, self.kind = packed.masks, packed.values, packed.offsets, packed.kind
+        self._hold(pack_for_device(weight.T if self.transposed else weight))
+
+    def _apply(self, fn, recurse=True):
+        """Moved to another kind of device, it is packed as is right there."""
+        super()._apply(fn, recurse)
+        if self._form is not _form(self.offsets) and not self.offsets.is_meta:
+            self.write(self._dense())
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
@@ -91,9 +110,19 @@ class _Shown(Tensor):
         return result
 
 
-def multiply(packed: Packed, x: Tensor, max_tokens: int) -> Tensor:
-    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
-    from . import cpu, cuda
+def _form(tensor: Tensor) -> type:
+    """What matrices are packed as on its device: an instance multiplies there."""
+    return Indexed if tensor.is_cuda else Packed
 
-    backend = cuda if x.is_cuda else cpu
+
+def pack_for_device(weight: Tensor) -> Packed | Indexed:
+    """A matrix (rows, columns) without its zeros, as its device multiplies by it."""
+    return pack_indexed(weight) if _form(weight) is Indexed else pack(weight)
+
+
+def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
+    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
+    from . import cpu, cuda  # numba takes a second to import, and packing does without
+
+    backend = cuda if isinstance(packed, Indexed) else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
