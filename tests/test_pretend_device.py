@@ -211,8 +211,6 @@ STEPS = {
 }
 # Share of a mask, and of numbers, by which a GPU may differ: ALPS's iterations amplify rounding (docs/gpu.md).
 ROUNDING = {"alps": (0.15, 0.05), "alps 2:4": (0.15, 0.05)}
-# Adam divides small gradients by their own size, and so what rounding makes of them: 1.03e-3 without AVX-512.
-ROUNDING |= dict.fromkeys(["recovery, asymmetry", "streaming, asymmetry and recovery"], (0.002, 3e-3))
 
 
 @pytest.fixture(scope="module")
