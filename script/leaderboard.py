@@ -8,16 +8,19 @@ rest flags of main.py; what follows `--` are flags of every run whose line does 
 of their zero-shot accuracies is one more column; runs from before stay without it. A run is what `main.py` does with
 these flags; the model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in
 the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all runs there
-have in common.
+have in common. Several processes may fill one folder, as a dozen small models fit on a GPU: each takes what none has.
 """
 
 import argparse
+import contextlib
 import csv
+import hashlib
 import itertools
 import logging
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lib import cli, results, zero_shot
@@ -154,24 +158,42 @@ class Board:
             *NUMBERS,
             ACCURACY,
         ]
+        self._read()
+
+    def _read(self) -> None:
         self._rows: list[dict] = []
         if self._path.is_file():
             with self._path.open(encoding="utf-8", newline="") as file:
                 self._rows = list(csv.DictReader(file))
 
-    def __contains__(self, run: str) -> bool:
-        return any(row["run"] == run for row in self._rows)
+    @contextlib.contextmanager
+    def turn(self, run: str) -> Iterator[bool]:
+        """Whether the run is this process's to do: it is not done, and no other process is at it."""
+        try:
+            lock = self._lock(run).acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        with lock:
+            self._read()
+            yield not any(row["run"] == run for row in self._rows)
+
+    def _lock(self, what: str) -> FileLock:
+        name = hashlib.sha256(f"{self._path.resolve()} {what}".encode()).hexdigest()[:16]
+        return FileLock(Path(tempfile.gettempdir()) / f"leaderboard-{name}.lock")
 
     def add(self, **row) -> None:
         """Keep one more run and write the files anew."""
-        self._rows.append({column: "" if row.get(column) is None else str(row[column]) for column in self._columns})
-        partial = self._path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        partial.replace(self._path)
-        self.write()
+        with self._lock("files"):
+            self._read()
+            self._rows.append({column: "" if row.get(column) is None else str(row[column]) for column in self._columns})
+            partial = self._path.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, self._columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(self._rows)
+            partial.replace(self._path)
+            self.write()
 
     def _methods(self) -> dict[tuple[float, str, str], list[dict]]:
         """(sparsity, method, settings) -> its runs over the seeds; by sparsity, best first."""
@@ -398,13 +420,15 @@ def main() -> None:
     board, runner = Board(options.save, texts, common, options.tasks and [*options.tasks, *limited]), None
     runs = list(entries(options.list, common))
     for run in runs:
-        if run.key in board:
-            continue
-        log.info("run: %s", run.key)
-        runner = runner or Runner([run.config for run in runs], texts, options.tasks, options.task_limit)
-        if DENSE not in board:
-            board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(run.config))
-        board.add(**runner.run(run))
+        with board.turn(run.key) as to_do:
+            if not to_do:
+                continue
+            log.info("run: %s", run.key)
+            runner = runner or Runner([run.config for run in runs], texts, options.tasks, options.task_limit)
+            with board.turn(DENSE) as to_do:
+                if to_do:
+                    board.add(run=DENSE, method=DENSE, sparsity=0, achieved=0, **runner.evaluate(run.config))
+            board.add(**runner.run(run))
     if runner is None:
         board.write()
 

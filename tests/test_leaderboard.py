@@ -7,6 +7,7 @@ import subprocess
 
 import forking
 import pytest
+from shared import ROOT
 from test_bad_input import make_texts, save_tokenizer
 from tiny import tiny_model
 
@@ -124,6 +125,34 @@ def test_what_is_done_is_not_done_again(here, done):
     assert [row["perplexity_words"] for row in rows(here).values()] == [
         row["perplexity_words"] for row in csv.DictReader(before.splitlines())
     ]
+
+
+def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
+    """What one is at, another leaves; and neither writes over what the other has found."""
+    monkeypatch.syspath_prepend(str(ROOT / "script"))
+    import leaderboard
+
+    texts = [leaderboard.Text("words", "words.txt", 8)]
+    one, other = (leaderboard.Board(tmp_path, texts, [], []) for _ in range(2))
+    row = {"method": "wanda", "sparsity": 0.5, "seed": 0, "perplexity_words": "9.0"}
+    with one.turn("first") as first, other.turn("first") as again, other.turn("second") as second:
+        assert (first, again, second) == (True, False, True)
+        one.add(run="first", **row)
+        other.add(run="second", **row)
+
+    def fail() -> None:
+        with one.turn("third"):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with one.turn("second") as again:
+        assert not again
+    with other.turn("third") as third:  # which the one that failed has left
+        assert third
+    with (tmp_path / "runs.csv").open() as file:
+        assert [found["run"] for found in csv.DictReader(file)] == ["first", "second"]
+    assert {path.name for path in tmp_path.iterdir()} == {"protocol.txt", "runs.csv", "table.md", "perplexity.png"}
 
 
 def test_another_protocol_is_refused(here, done):

@@ -211,8 +211,8 @@ STEPS = {
 }
 # Share of a mask, and of numbers, by which a GPU may differ: ALPS's iterations amplify rounding (docs/gpu.md).
 ROUNDING = {"alps": (0.15, 0.05), "alps 2:4": (0.15, 0.05)}
-# A CPU's Adam is fused and a GPU's is not; it divides small gradients by their own size, and what rounding makes of them
-# grows through SparseGPT's columns: without AVX-512 to 1.4 % of the last matrix's mask, and 0.1 % of the perplexity.
+# A CPU's Adam is fused and a GPU's is not; it divides small gradients by their own size, and what rounding makes of
+# them grows through SparseGPT's columns: without AVX-512 to 1.4 % of the last matrix's mask, 0.1 % of the perplexity.
 ROUNDING |= dict.fromkeys(["recovery, asymmetry", "streaming, asymmetry and recovery"], (0.03, 3e-3))
 
 
