@@ -20,12 +20,13 @@ from .files import write_text
 
 log = logging.getLogger(__name__)
 
+METRICS_FOLDER, TEXTS_FOLDER = "ww_metric", "own_text"  # in --cache_dir
 SECONDS = 1.0  # between writes of a growing file: what a killed analysis loses at most
 
 
 def metric_folder(config: RunConfig, model: LanguageModel) -> Path:
     """The folder of the run's metric values; where none is named, one of this model's own."""
-    return Path(config.ww_metric_cache or Path(config.cache_dir) / "ww_metric" / model.digest[:16])
+    return Path(config.ww_metric_cache or Path(config.cache_dir) / METRICS_FOLDER / model.digest[:16])
 
 
 class MetricCache:
@@ -111,7 +112,7 @@ class MetricCache:
 
 def _text_path(config: RunConfig, settings: dict) -> Path:
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.cache_dir) / "own_text" / f"{key}.json"
+    return Path(config.cache_dir) / TEXTS_FOLDER / f"{key}.json"
 
 
 def load_own_text(config: RunConfig, settings: dict) -> Tensor | None:

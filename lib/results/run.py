@@ -22,6 +22,7 @@ from ..config import RunConfig
 from ..errors import RunError
 from ..model import LanguageModel
 from ..precision import float32_matmul_precision
+from .cache import METRICS_FOLDER, TEXTS_FOLDER
 from .checkpoint import RECORD_FILE
 from .files import append_line, check_folder, write_text
 
@@ -37,8 +38,9 @@ def prepare(config: RunConfig) -> None:
     if config.ww_metric_cache is not None:
         check_folder("--WW_metric_cache", Path(config.ww_metric_cache))
     caches_metric = config.ww_metric_cache is None and (config.analyze_only or config.plot or config.scored)
-    if caches_metric or config.samples_text:
+    for folder in [METRICS_FOLDER] * caches_metric + [TEXTS_FOLDER] * config.samples_text:
         check_folder("--cache_dir", Path(config.cache_dir))
+        check_folder("--cache_dir", Path(config.cache_dir) / folder)
     if config.stream:
         check_folder("--save", run_folder(config))
     if config.stream and not config.plan_only:
