@@ -135,8 +135,9 @@ def _prune_matrix(
 
     weight = matrix.weight
     pattern = pattern.on(weight)
-    share = pattern.min_zeros(target) / matrix.size
-    if round(share, 4) > round(target, 4):
+    least = pattern.min_zeros(target)
+    share = least / matrix.size
+    if least > round(target * matrix.size) and round(share, 4) > round(target, 4):
         note(f"zeros that are there already make it {share:.4f} sparse, more than its target of {target:.4f}")
     if target == 0:
         return

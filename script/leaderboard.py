@@ -4,7 +4,8 @@
         --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
-rest flags of main.py; what follows `--` are flags of every run whose line does not say otherwise. With --tasks the mean
+rest flags of main.py for the method and its windows; what follows `--` are flags of every run, but where its line says
+otherwise. With --tasks the mean
 of their zero-shot accuracies is one more column; runs from before stay without it. A run is what `main.py` does with
 these flags; the model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in
 the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all runs there
@@ -20,7 +21,6 @@ import logging
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ from lib.memory import keep_freed_memory
 from lib.options import options_of
 from lib.plan import apply_plan, plan
 from lib.quality import allocation_scores
+from lib.results.files import check_folder
 from lib.run_flags import OPTIONED
 from lib.stopwatch import Stopwatch
 from lib.windows import corpus_windows, with_own_text
@@ -52,6 +53,12 @@ from lib.windows import corpus_windows, with_own_text
 log = logging.getLogger("lib.leaderboard")
 
 DENSE = "dense"
+LOCKS = ".locks"  # in the folder: who is at what
+USUAL = ("sparsity_type", "nsamples")  # which the protocol says, unless a line does
+VARIED = (
+    "ww_metric", *options_of(*OPTIONED), "mapping_type", "use_variant", "asymmetry", "fisher", "calib_self", "recover",
+    "recover_nsamples", "distill", "recover_self", *USUAL,
+)  # fmt: skip
 NUMBERS = ("achieved", "allocation_seconds", "pruning_seconds", "peak_memory_gb")
 ACCURACY = "accuracy"  # last, so that a board from before has the same columns and one more
 
@@ -96,27 +103,31 @@ def entries(path: Path, common: list[str]) -> Iterator[Run]:
         words = shlex.split(line, comments=True)
         if not words:
             continue
+        if len(words) < 4:
+            raise RunError(f"{path}: '{line}' is not `pruners allocations sparsities seeds [flags]`")
         pruners, allocations, sparsities, seeds = (word.split(",") for word in words[:4])
+        named = {word.partition("=")[0].removeprefix("--").lower() for word in words[4:] if word.startswith("--")}
+        if shared := sorted(named - {*VARIED}):
+            raise RunError(f"{path}: '{line}': --{shared[0]} is one for all runs; give it after --")
         for sparsity, seed, pruner, allocation in itertools.product(sparsities, seeds, pruners, allocations):
             method = pruner if allocation == "uniform" else f"{pruner}_{allocation}"
             flags = ["--prune_method", method, "--sparsity_ratio", sparsity, "--seed", seed, "--no-eval_wikitext"]
-            config, protocol = cli.parse([*flags, *common, *words[4:]]), cli.parse([*flags, *common])
-            run = Run(config, _settings(config.effective(), protocol.effective()))
+            config = cli.parse([*common, *flags, *words[4:]])
+            run = Run(config, _settings(config.effective(), named))
             if run.key not in known:
                 known.add(run.key)
                 yield run
 
 
-def _settings(of_run: dict, of_protocol: dict) -> str:
-    """The flags that differ, as main.py takes them."""
-    names = (
-        "ww_metric", *options_of(*OPTIONED), "mapping_type", "use_variant", "asymmetry", "fisher", "calib_self",
-        "recover", "recover_nsamples", "distill", "recover_self", "sparsity_type", "nsamples",
-    )  # fmt: skip
+def _settings(read: dict, named: set[str]) -> str:
+    """What the run reads that is not the default, as main.py takes it; of what the protocol usually says, what its line
+    has `named`.
+    """
+    defaults = RunConfig.__dataclass_fields__
     return " ".join(
-        f"--{name} {' '.join(value) if isinstance(value, tuple) else value}"
-        for name in names
-        if (value := of_run[name]) != of_protocol[name]
+        f"--{name} {' '.join(value) if isinstance(value, tuple) else value}".removesuffix(" True")
+        for name in VARIED
+        if ((value := read[name]) != defaults[name].default and name not in USUAL) or name in named & {*USUAL}
     )
 
 
@@ -136,18 +147,12 @@ class Board:
 
     def __init__(self, folder: Path, texts: list[Text], common: list[str], tasks: list[str]):
         words = [*common, *(f"{t.name}={Path(t.data).name}:{t.windows}" for t in texts)]
-        protocol = shlex.join(map(_without_folders, words)) + "\n"
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "protocol.txt").is_file() and (folder / "protocol.txt").read_text() != protocol:
-            raise SystemExit(f"{folder}: holds runs of another protocol (protocol.txt); name another --save")
-        (folder / "protocol.txt").write_text(protocol)
-        asked = shlex.join(tasks) + "\n"
-        if tasks and (folder / "tasks.txt").is_file() and (folder / "tasks.txt").read_text() != asked:
-            raise SystemExit(f"{folder}: holds accuracies on other tasks (tasks.txt); name another --save")
-        if tasks:
-            (folder / "tasks.txt").write_text(asked)
-        self._folder, self._texts = folder, texts
-        self._path = folder / "runs.csv"
+        self._folder, self._texts, self._path = folder, texts, folder / "runs.csv"
+        check_folder("--save", folder / LOCKS)
+        with self._lock("files"):
+            self._agree("protocol.txt", shlex.join(map(_without_folders, words)), "runs of another protocol")
+            if tasks:
+                self._agree("tasks.txt", shlex.join(tasks), "accuracies on other tasks")
         self._columns = [
             "run",
             "method",
@@ -166,21 +171,30 @@ class Board:
             with self._path.open(encoding="utf-8", newline="") as file:
                 self._rows = list(csv.DictReader(file))
 
+    def _agree(self, name: str, said: str, other: str) -> None:
+        """Write what all runs have in common, or find it written."""
+        path = self._folder / name
+        if not path.is_file():
+            path.write_text(said + "\n", encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != said + "\n":
+            raise SystemExit(f"{self._folder}: holds {other} ({name}); name another --save")
+
+    def _lock(self, what: str, **options) -> FileLock:
+        name = hashlib.sha256(what.encode()).hexdigest()[:16]
+        return FileLock(self._folder / LOCKS / name, **options)
+
     @contextlib.contextmanager
     def turn(self, run: str) -> Iterator[bool]:
         """Whether the run is this process's to do: it is not done, and no other process is at it."""
         try:
             lock = self._lock(run).acquire(blocking=False)
         except Timeout:
+            log.info("run: %s: another process is at it", run)
             yield False
             return
         with lock:
             self._read()
             yield not any(row["run"] == run for row in self._rows)
-
-    def _lock(self, what: str) -> FileLock:
-        name = hashlib.sha256(f"{self._path.resolve()} {what}".encode()).hexdigest()[:16]
-        return FileLock(Path(tempfile.gettempdir()) / f"leaderboard-{name}.lock")
 
     def add(self, **row) -> None:
         """Keep one more run and write the files anew."""
@@ -193,7 +207,13 @@ class Board:
                 writer.writeheader()
                 writer.writerows(self._rows)
             partial.replace(self._path)
-            self.write()
+            self._write()
+
+    def write(self) -> None:
+        """table.md and perplexity.png from the runs so far."""
+        with self._lock("files"):
+            self._read()
+            self._write()
 
     def _methods(self) -> dict[tuple[float, str, str], list[dict]]:
         """(sparsity, method, settings) -> its runs over the seeds; by sparsity, best first."""
@@ -204,8 +224,7 @@ class Board:
         ranked = sorted(groups.items(), key=lambda item: (item[0][0], _mean(item[1], first)))
         return dict(ranked)
 
-    def write(self) -> None:
-        """table.md and perplexity.png from the runs so far."""
+    def _write(self) -> None:
         heads = ["sparsity", "method", *(f"perplexity, {t.name}" for t in self._texts), "seeds", "achieved"]
         heads += ["allocation, s", "pruning, s", "memory, GB"]
         accurate = any(row.get(ACCURACY) for row in self._rows)

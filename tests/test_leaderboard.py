@@ -12,7 +12,7 @@ from test_bad_input import make_texts, save_tokenizer
 from tiny import tiny_model
 
 import main
-from lib import cli
+from lib import RunError, cli
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,37 @@ def test_what_is_done_is_not_done_again(here, done):
     ]
 
 
+def test_what_a_line_may_say(here, tmp_path, monkeypatch):
+    """It wins over the protocol, but for what all runs share."""
+    monkeypatch.syspath_prepend(str(ROOT / "script"))
+    import leaderboard
+
+    (tmp_path / "a.json").write_text('{"*": 0.5}')
+    listed = tmp_path / "list.txt"
+
+    def keys(line: str, *more: str) -> list[str]:
+        listed.write_text(line + "\n")
+        return [run.key for run in leaderboard.entries(listed, [*common(here), *more])]
+
+    assert keys("wanda uniform 0.5 0 --nsamples 4") == ["wanda 0.5 seed0 --nsamples 4"]
+    assert keys("wanda uniform 0.5 0", "--nsamples", "4", "--seed", "3") == ["wanda 0.5 seed0"]
+    assert keys("wanda uniform 0.5 0 --sparsity_type 2:4") == ["wanda 0.5 seed0 --sparsity_type 2:4"]
+    assert keys("sparsegpt uniform 0.6 0,1 --asymmetry 0", "--asymmetry", "0.5") == [
+        "sparsegpt 0.6 seed0", "sparsegpt 0.6 seed1"
+    ]  # fmt: skip
+    assert keys("sparsegpt uniform 0.6 0", "--asymmetry", "0.5") == ["sparsegpt 0.6 seed0 --asymmetry 0.5"]
+    assert keys("wanda uniform 0.6 0 --sparsity_type unstructured", "--sparsity_type", "2:4") == [
+        "wanda 0.6 seed0 --sparsity_type unstructured"
+    ]
+    file = tmp_path / "a.json"
+    assert keys(f"wanda file 0.5 0 --sparsities {file}") == [f"wanda_file 0.5 seed0 --sparsities {file}"]
+    for flag in ("--seqlen 8", "--calib_data=pydoc", "--model x", "--dtype bfloat16"):
+        with pytest.raises(RunError, match=f"--{flag[2:].split('=')[0].split()[0]} is one for all runs"):
+            keys(f"wanda uniform 0.5 0 {flag}")
+    with pytest.raises(RunError, match="is not `pruners allocations"):
+        keys("wanda uniform 0.5")
+
+
 def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
     """What one is at, another leaves; and neither writes over what the other has found."""
     monkeypatch.syspath_prepend(str(ROOT / "script"))
@@ -152,7 +183,9 @@ def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
         assert third
     with (tmp_path / "runs.csv").open() as file:
         assert [found["run"] for found in csv.DictReader(file)] == ["first", "second"]
-    assert {path.name for path in tmp_path.iterdir()} == {"protocol.txt", "runs.csv", "table.md", "perplexity.png"}
+    assert {path.name for path in tmp_path.iterdir()} - {".locks"} == {
+        "protocol.txt", "runs.csv", "table.md", "perplexity.png"
+    }  # fmt: skip
 
 
 def test_another_protocol_is_refused(here, done):

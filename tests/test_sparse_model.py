@@ -116,8 +116,9 @@ NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize("kind", format.KINDS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 100), (5, 256), (7, 1100), (3, 70_000)], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.95, 1.0])
-def test_what_a_gpu_multiplies_by(shape, sparsity, kind):
-    """Every weight is told with its column; what fills a quad is nothing."""
+def test_what_a_gpu_multiplies_by(shape, sparsity, kind, monkeypatch):
+    """Every weight is told with its column; what fills a quad is nothing. Rows are packed a few at a time."""
+    monkeypatch.setattr(indexed, "STRIP", 2 * shape[1])
     weight = sparse_matrix(*shape, kind, sparsity)
     weight[0, -1] = float("nan")
     packed, other = pack_indexed(weight), pack(weight)
@@ -207,9 +208,12 @@ def test_a_layer_that_is_moved_is_packed_anew(monkeypatch):
     torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=1e-2, atol=1e-2)
     assert not layer.state_dict().keys() - {"weight", "bias"}
     monkeypatch.undo()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)  # moved past it, one tensor at a time
+    layer.register_buffer("another", torch.ones(1))
     layer.float()
     assert isinstance(layer.packed, format.Packed)
     torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(layer.another, torch.ones(1))
 
 
 def test_threads(monkeypatch):

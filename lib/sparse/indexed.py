@@ -9,6 +9,7 @@ from .format import storage_kind
 
 BLOCK = 256  # columns that a byte tells apart
 QUAD = 4  # weights that lie together, in one block
+STRIP = 1 << 24  # weights that are packed at a time: each takes some 30 bytes meanwhile
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,19 +62,27 @@ def bytes_per_weight(sparsity: float) -> float:
 def pack_indexed(weight: Tensor) -> Indexed:
     """A matrix (rows, columns) without its zeros, on its own device; its values are rounded as `pack` rounds them."""
     kind, (rows, columns) = storage_kind(weight), weight.shape
+    strip = max(1, STRIP // max(1, columns))
+    values, places, blocks, quads = zip(*(_packed(part, kind) for part in weight.split(strip)), strict=True)
+    offsets = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
+    torch.cumsum(torch.cat(quads), 0, dtype=torch.int32, out=offsets[1:])
+    return Indexed(torch.cat(values), torch.cat(places), torch.cat(blocks), offsets, columns, kind)
+
+
+def _packed(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
+    """values, places and blocks of some rows, and the quads of each row."""
+    rows, columns = weight.shape
     count = -(-columns // BLOCK)
     mask = torch.nn.functional.pad(weight != 0, (0, count * BLOCK - columns)).view(rows, count, BLOCK)
     quads = (mask.sum(2) + QUAD - 1) // QUAD  # (rows, blocks)
     begins = quads.flatten().cumsum(0).view_as(quads) - quads
-    offsets = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
-    torch.cumsum(quads.sum(1), 0, dtype=torch.int32, out=offsets[1:])
     row, block, place = mask.nonzero(as_tuple=True)
     within = mask.cumsum(2, dtype=torch.int16)[row, block, place] - 1
     at = begins[row, block] * QUAD + within
-    values = torch.zeros(int(offsets[-1]), QUAD, dtype=torch.int16, device=weight.device)
+    values = torch.zeros(int(quads.sum()), QUAD, dtype=torch.int16, device=weight.device)
     places = torch.zeros_like(values, dtype=torch.uint8)
     values.view(-1)[at] = weight[row, block * BLOCK + place].to(kind).view(torch.int16)
     places.view(-1)[at] = place.to(torch.uint8)
     of_rows = torch.arange(count, device=weight.device).repeat(rows)
     blocks = of_rows.repeat_interleave(quads.flatten(), output_size=len(values))
-    return Indexed(values, places, blocks.to(torch.uint8 if count <= 256 else torch.int32), offsets, columns, kind)
+    return values, places, blocks.to(torch.uint8 if count <= 256 else torch.int32), quads.sum(1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .format import Packed, pack
 from .indexed import Indexed, pack_indexed
 
+TENSORS = {form: [f.name for f in fields(form) if f.type is Tensor] for form in (Packed, Indexed)}
+
 
 class SparseLinear(nn.Module):
     """x W^T + b with W packed, in place of an nn.Linear or what computes the same.
@@ -39,15 +41,15 @@ class SparseLinear(nn.Module):
 
     def _hold(self, packed: Packed | Indexed) -> None:
         self.kind, self._form = packed.kind, type(packed)
-        for name in list(self._buffers):
-            delattr(self, name)
-        for field in fields(packed):
-            if isinstance(part := getattr(packed, field.name), Tensor):
-                self.register_buffer(field.name, part, persistent=False)
+        for name in TENSORS[Packed] + TENSORS[Indexed]:
+            self._buffers.pop(name, None)
+        for name in TENSORS[self._form]:
+            self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
     def packed(self) -> Packed | Indexed:
-        return self._form(**self._buffers, columns=self.in_features, kind=self.kind)
+        parts = {name: self._buffers[name] for name in TENSORS[self._form]}
+        return self._form(**parts, columns=self.in_features, kind=self.kind)
 
     @property
     def weight(self) -> Tensor:
@@ -66,9 +68,12 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moved to another kind of device, it is packed as is right there."""
+        before = self.offsets.device
         super()._apply(fn, recurse)
         if self._form is not _form(self.offsets) and not self.offsets.is_meta:
-            self.write(self._dense())
+            if before.type == "cuda":
+                torch.cuda.synchronize(before)  # a copy to the host may not wait to be there
+            self._hold(pack_for_device(self.packed.dense()))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,5 +129,7 @@ def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
     from . import cpu, cuda  # numba takes a second to import, and packing does without
 
+    if not isinstance(packed, _form(x)):  # some libraries move a module's tensors one by one
+        return F.linear(x, packed.dense().to(x.dtype))
     backend = cuda if isinstance(packed, Indexed) else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
