@@ -3,11 +3,12 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from . import ranks
 from .errors import RunError
@@ -15,6 +16,7 @@ from .model import Matrix
 from .precision import choose_autocast, mixed_precision
 
 SEED = 0  # of the order of the steps
+OVERWRITTEN = "modified by an inplace operation"  # how autograd calls what a gradient can no longer be taken of
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,18 @@ def train(
         adam = torch.optim.Adam(groups, lr=recipe.learning_rate, fused=weights[0].device.type == "cpu" or None)
         steps = recipe.epochs * len(of_step)
         losses: list[Tensor] = []
+        guard = nullcontext
         for epoch in range(recipe.epochs):
             for place, step in enumerate(torch.randperm(len(of_step), generator=generator).tolist()):
                 for batch in of_step[step]:
-                    with torch.enable_grad(), passes():
-                        found = loss(batch)
-                    found.backward()
-                    losses.append(found.detach())
+                    try:
+                        losses.append(_backward(loss, batch, passes, guard))
+                    except RuntimeError as error:
+                        if losses or OVERWRITTEN not in str(error):
+                            raise
+                        adam.zero_grad()  # of what the pass back came to
+                        guard = _copies_of_saved_tensors
+                        losses.append(_backward(loss, batch, passes, guard))
                 for weight, mask in zip(weights, masks, strict=True):
                     weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.mul_(mask)
                     ranks.all_reduce(weight.grad)
@@ -104,6 +111,20 @@ def train(
         if not matrix.weight.isfinite().all():
             raise RunError(f"{matrix.name}: holds NaN or infinity after recovery; leave out --recover")
     return of_epochs.tolist()
+
+
+def _backward(loss: Callable[[int], Tensor], batch: int, passes: Callable, guard: Callable) -> Tensor:
+    """A batch's loss, its gradient being added to the weights'."""
+    with guard():
+        with torch.enable_grad(), passes():
+            found = loss(batch)
+        found.backward()
+    return found.detach()
+
+
+def _copies_of_saved_tensors() -> saved_tensors_hooks:
+    """While gradients are taken of what is copied, at twice the memory: for blocks that write into what they read."""
+    return saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda copied: copied)
 
 
 def _sizes(weights: list[nn.Parameter]) -> list[float]:

@@ -27,8 +27,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lib.precision import fast_dtype
-
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = f"{ROOT}/lib/", f"{ROOT}/main.py"
 CPU = torch.device("cpu")
@@ -409,9 +407,7 @@ def _cuda(gpus: PretendedGPUs) -> dict[str, object]:
         "is_available": lambda: True, "is_initialized": lambda: True, "init": lambda: None, "_lazy_init": lambda: None,
         "device_count": lambda: gpus.count, "current_device": lambda: gpus.current, "set_device": set_current,
         "device": inside, "get_device_name": get_name, "get_device_properties": properties,
-        "get_device_capability": lambda given=None: (9, 0),
-        # A GPU that it pretends to be multiplies in what the processor does: results are to compare.
-        "is_bf16_supported": lambda including_emulation=True: fast_dtype("cpu") is torch.bfloat16,
+        "get_device_capability": lambda given=None: (9, 0), "is_bf16_supported": lambda including_emulation=True: True,
         "mem_get_info": lambda given=None: (gpus.free - gpus.live[gpus.device(given)], TOTAL),
         "memory_allocated": lambda given=None: gpus.live[gpus.device(given)],
         "memory_reserved": lambda given=None: gpus.live[gpus.device(given)],

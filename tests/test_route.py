@@ -10,7 +10,7 @@ from tiny import tiny_tokens
 from torch import Tensor, nn
 from toy import Block, Toy, in_turn
 
-from lib import PRUNERS, LanguageModel, Pattern, RunError, prune_model, sparsity_by_matrix
+from lib import PRUNERS, LanguageModel, Pattern, RunError, precision, prune_model, sparsity_by_matrix
 from lib.activations import Store
 from lib.sequential import walk
 from lib.stream import Stream
@@ -130,12 +130,12 @@ def toy_of_arguments() -> Toy:
     return Toy([Block(lambda hidden, scale: hidden * (1 + scale)) for _ in range(3)], walk)
 
 
-def toy_in_place() -> Toy:
-    """Blocks write into what they are called with."""
+def toy_in_place(copies: bool = False) -> Toy:
+    """Blocks write into what they are called with, or into a copy."""
 
     class InPlace(Block):
         def forward(self, hidden):
-            hidden += self.inner(hidden)
+            hidden = hidden + self.inner(hidden) if copies else hidden.add_(self.inner(hidden))
             return hidden * 0.9
 
     return Toy([InPlace() for _ in range(3)])
@@ -264,6 +264,18 @@ def test_every_matrix_is_pruned_once_to_its_target(toy, more):
     for name, sparsity in sparsity_by_matrix(model).items():
         size = next(m.size for m in model.matrices if m.name == name)
         assert abs(sparsity - targets[name]) <= 0.51 / size, name
+
+
+def test_what_blocks_write_into_is_trained_as_if_they_did_not(monkeypatch):
+    """In float32 autograd refuses to take such gradients; in mixed precision each product reads a copy."""
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    found, expected = (LanguageModel(toy_in_place(copies)) for copies in (False, True))
+    before = [matrix.weight.clone() for matrix in found.matrices]
+    for model in (found, expected):
+        prune_model(model, PRUNERS["wanda"], targets_of(model), Pattern(), tiny_tokens(), batch_size=4, recovery=True)
+    for one, other, was in zip(found.matrices, expected.matrices, before, strict=True):
+        torch.testing.assert_close(one.weight, other.weight)
+        assert not torch.equal(one.weight, was.masked_fill(one.weight == 0, 0))  # it is trained
 
 
 def test_a_shared_module_is_dense_until_its_last_use():
