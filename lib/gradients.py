@@ -20,6 +20,7 @@ from .progress import progress
 from .route import Leaf
 from .stream import ENTRY, Stream
 
+OVERWRITTEN = "modified by an inplace operation"  # how autograd calls what a gradient can no longer be taken of
 T = TypeVar("T")
 Visit = Callable[[Matrix, Tensor], None]
 Given = Callable[[Leaf, int], Tensor | None]
@@ -36,7 +37,18 @@ def for_each_gradient(
     block: forward, what each block gives being held in `store`, and then back.
     """
     check_differentiable(model)
-    shard = ranks.shard(windows)
+    try:
+        _visit_gradients(model, ranks.shard(windows), visit, batch_size, store)
+    except RuntimeError as error:
+        if OVERWRITTEN not in str(error):
+            raise
+        raise RunError(
+            f"--model {model.name}: its blocks write into what they read, of which no gradient can be taken; leave out "
+            "what takes gradients (_search, --fisher)"
+        ) from error
+
+
+def _visit_gradients(model: LanguageModel, shard: Tensor, visit: Visit, batch_size: int, store: Store | None) -> None:
     if model.device.type == "cuda":
         batch_size = 1
     if model.streamed:

@@ -12,11 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import ranks
 from .errors import RunError
+from .gradients import OVERWRITTEN
 from .model import Matrix
 from .precision import choose_autocast, mixed_precision
 
 SEED = 0  # of the order of the steps
-OVERWRITTEN = "modified by an inplace operation"  # how autograd calls what a gradient can no longer be taken of
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from toy import Block, Toy, in_turn
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, precision, prune_model, sparsity_by_matrix
 from lib.activations import Store
+from lib.fisher import row_fisher
 from lib.sequential import walk
 from lib.stream import Stream
 
@@ -276,6 +277,15 @@ def test_what_blocks_write_into_is_trained_as_if_they_did_not(monkeypatch):
     for one, other, was in zip(found.matrices, expected.matrices, before, strict=True):
         torch.testing.assert_close(one.weight, other.weight)
         assert not torch.equal(one.weight, was.masked_fill(one.weight == 0, 0))  # it is trained
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_blocks_write_into_has_no_gradient_and_says_so(streamed, monkeypatch, tmp_path):
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    model = LanguageModel(toy_in_place())
+    model.streamed = streamed
+    with pytest.raises(RunError, match=r"its blocks write into what they read.*leave out .*--fisher"):
+        row_fisher(model, tiny_tokens(), Store(tmp_path, 0))
 
 
 def test_a_shared_module_is_dense_until_its_last_use():
