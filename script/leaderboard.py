@@ -5,11 +5,11 @@
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
 rest flags of main.py for the method and its windows; what follows `--` are flags of every run, but where its line says
-otherwise. With --tasks the mean
-of their zero-shot accuracies is one more column; runs from before stay without it. A run is what `main.py` does with
-these flags; the model is loaded once, and windows, spectra and allocations' scores are shared. Runs that `runs.csv` in
-the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all runs there
-have in common. Several processes may fill one folder, as a dozen small models fit on a GPU: each takes what none has.
+otherwise. With --tasks the mean of their zero-shot accuracies is one more column; runs from before stay without it. A
+run is what `main.py` does with these flags; the model is loaded once, and windows, spectra and allocations' scores are
+shared. Runs that `runs.csv` in the folder holds are not run again, and the files are written anew after each;
+protocol.txt keeps what all runs there have in common. Several processes may fill one folder, as a dozen small models
+fit on a GPU: each takes what none has.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Run:
-    """settings: what the method is beside its name, the flags in which its line departs from the protocol"""
+    """settings: what the method is beside its name, as flags of main.py"""
 
     config: RunConfig
     settings: str
@@ -124,10 +124,10 @@ def _settings(read: dict, named: set[str]) -> str:
     has `named`.
     """
     defaults = RunConfig.__dataclass_fields__
+    told = [name for name in VARIED if (name in named if name in USUAL else read[name] != defaults[name].default)]
     return " ".join(
-        f"--{name} {' '.join(value) if isinstance(value, tuple) else value}".removesuffix(" True")
-        for name in VARIED
-        if ((value := read[name]) != defaults[name].default and name not in USUAL) or name in named & {*USUAL}
+        f"--{name} {' '.join(value) if isinstance(value := read[name], tuple) else value}".removesuffix(" True")
+        for name in told
     )
 
 

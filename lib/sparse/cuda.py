@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .format import Packed
 from .indexed import Indexed
 
 
@@ -34,6 +35,6 @@ def multiply(packed: Indexed, x: Tensor) -> Tensor:
     return by_kernel(packed, x)
 
 
-def product(packed: Indexed, x: Tensor) -> Tensor:
+def product(packed: Indexed | Packed, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed, which is unpacked whole."""
     return F.linear(x, packed.dense().to(x.dtype))

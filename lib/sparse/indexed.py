@@ -53,12 +53,6 @@ class Indexed:
         return found[:size].view(self.kind).view(self.rows, self.columns)
 
 
-def bytes_per_weight(sparsity: float) -> float:
-    """What a weight of a wide matrix takes on average, were its zeros anywhere."""
-    filling = (QUAD - 1) / 2 / BLOCK * (0 < sparsity < 1)
-    return (1 - sparsity + filling) * (2 + 1 + 1 / QUAD)
-
-
 def pack_indexed(weight: Tensor) -> Indexed:
     """A matrix (rows, columns) without its zeros, on its own device; its values are rounded as `pack` rounds them."""
     kind, (rows, columns) = storage_kind(weight), weight.shape

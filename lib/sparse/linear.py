@@ -130,6 +130,6 @@ def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
     from . import cpu, cuda  # numba takes a second to import, and packing does without
 
     if not isinstance(packed, _form(x)):  # some libraries move a module's tensors one by one
-        return F.linear(x, packed.dense().to(x.dtype))
+        return cuda.product(packed, x)
     backend = cuda if isinstance(packed, Indexed) else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
