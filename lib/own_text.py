@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from . import ranks, tokens
+from .attention import without_cudnn_attention
 from .errors import RunError, reason_of
 from .model import LanguageModel
 from .progress import progress
@@ -107,6 +108,7 @@ def _plain_generation(model: LanguageModel):
     own = getattr(model.model, "generation_config", None)
     model.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # takes what _Draw leaves
     try:
-        yield
+        with without_cudnn_attention():
+            yield
     finally:
         model.model.generation_config = own

@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from .activations import Store
+from .attention import without_cudnn_attention
 from .errors import RunError
 from .harness_tasks import Tasks, failure_reason
 from .model import LanguageModel
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 METRIC = "acc"  # what the paper averages; where a task also has acc_norm, that is by the answers' lengths in bytes
 
 
+@without_cudnn_attention()
 def evaluate(
     model: LanguageModel,
     tasks: Tasks,

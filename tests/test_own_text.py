@@ -47,6 +47,14 @@ def test_a_series_by_seed(model):
     assert model.model.generation_config.top_k == 1
 
 
+def test_attention_that_plans_for_each_length_is_left_out(model):
+    seen = set()
+    model.model.register_forward_pre_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    own_text.own_text(model, 4, seqlen=12)
+    assert seen == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_ranks_write_one_series(model, monkeypatch):
     alone = own_text.own_text(model, 12, seqlen=12)
     shares = []

@@ -322,6 +322,17 @@ def test_the_summary_shows_the_accuracy_that_the_mean_counts(own, folder, tmp_pa
     assert row.split()[:3] == ["last", "-", f"{found:.4f}"]
 
 
+def test_attention_that_plans_for_each_length_is_left_out(own, folder, tmp_path, monkeypatch):
+    seen, evaluated = set(), zero_shot._evaluated
+    monkeypatch.setattr(
+        zero_shot, "_evaluated",
+        lambda *given: seen.add(torch.backends.cuda.cudnn_sdp_enabled()) or evaluated(*given),
+    )  # fmt: skip
+    main.run(config_of(folder, tmp_path, tasks=(str(own),)))
+    assert seen == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_ranks_share_the_requests_and_all_have_the_results(own, folder, tmp_path):
     numbers = []
     for count in (1, 2, 8):  # eight for seven documents

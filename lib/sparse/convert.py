@@ -50,8 +50,6 @@ def sparse_model(
             model = LanguageModel(model)
         account = _Account()
         _convert(model, threshold, account)
-    if config := getattr(model.model, "generation_config", None):
-        config.disable_compile = True  # kernels of our own are nothing that a compiler can see into
     account.report(model)
     return model.model
 

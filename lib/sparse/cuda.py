@@ -29,7 +29,7 @@ def semi_structured(module: nn.Module, weight: Tensor) -> nn.Linear:
 
 
 def multiply(packed: Indexed, x: Tensor) -> Tensor:
-    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
+    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in the dtype of x, or float32 for more."""
     from .gpu_kernel import multiply as by_kernel  # Triton comes with torch's build for CUDA only
 
     return by_kernel(packed, x)

@@ -17,8 +17,8 @@ class SparseLinear(nn.Module):
     """x W^T + b with W packed, in place of an nn.Linear or what computes the same.
 
     Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked in strips that
-    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, and a
-    compiler sees operations of torch alone: both by the whole matrix, unpacked.
+    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, by the whole
+    matrix, unpacked. To a compiler the product is one operation.
 
     dtype       of the weights to whoever asks for them
     max_tokens  most tokens at once that the kernel is given
@@ -47,9 +47,12 @@ class SparseLinear(nn.Module):
             self.register_buffer(name, getattr(packed, name), persistent=False)
 
     @property
+    def _parts(self) -> list[Tensor]:
+        return [self._buffers[name] for name in TENSORS[self._form]]
+
+    @property
     def packed(self) -> Packed | Indexed:
-        parts = {name: self._buffers[name] for name in TENSORS[self._form]}
-        return self._form(**parts, columns=self.in_features, kind=self.kind)
+        return self._form(*self._parts, columns=self.in_features, kind=self.kind)
 
     @property
     def weight(self) -> Tensor:
@@ -77,9 +80,13 @@ class SparseLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
-        found = multiply(self.packed, x.reshape(-1, self.in_features), self.max_tokens)
+        rows = x.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling():
+            found = _multiply(self._parts, rows, self.in_features, self.kind, self.max_tokens)
+        else:
+            found = multiply(self.packed, rows, self.max_tokens)
         if self.bias is not None:
             found = found + self.bias
         return found.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -133,3 +140,15 @@ def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
         return cuda.product(packed, x)
     backend = cuda if isinstance(packed, Indexed) else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
+
+
+@torch.library.custom_op("alphapruning::multiply", mutates_args=())
+def _multiply(parts: list[Tensor], x: Tensor, columns: int, kind: torch.dtype, max_tokens: int) -> Tensor:
+    """`multiply` for compilers, which leave it as it is; `parts` are the tensors of what is packed."""
+    form = next(form for form, names in TENSORS.items() if len(names) == len(parts))
+    return multiply(form(*parts, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
+
+
+@_multiply.register_fake
+def _(parts, x, columns, kind, max_tokens):
+    return x.new_empty(x.shape[0], parts[-1].shape[0] - 1)  # the last are offsets
