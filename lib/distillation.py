@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ranks
+from .blockwise import last_hidden_states
 from .evaluate import logits_in_parts
 from .gradients import gradient_checkpointing
 from .model import LanguageModel
 from .precision import choose_autocast, mixed_precision
 from .progress import progress
-from .stream import last_hidden_states
 from .training import Recipe, train
 
 log = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from . import ranks
 from .activations import Store
+from .blockwise import last_hidden_states
 from .errors import RunError
 from .model import LanguageModel
 from .progress import progress
-from .stream import last_hidden_states
 
 LOGITS_AT_ONCE = 2**23  # elements: 32 MiB of float32
 

@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from . import ranks
 from .activations import Activations, Store
 from .blocks import replaced_forward
+from .blockwise import ENTRY, BlockwisePass
 from .errors import RunError
 from .model import PROBE_LENGTH, LanguageModel, Matrix
 from .precision import choose_autocast, mixed_precision
 from .progress import progress
 from .route import Leaf
-from .stream import ENTRY, Stream
 
 OVERWRITTEN = "modified by an inplace operation"  # how autograd calls what a gradient can no longer be taken of
 T = TypeVar("T")
@@ -132,35 +132,35 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_size: int, store: Store | None) -> None:
     batch_size = min(batch_size, len(windows))
-    passes, stream = _choose_autocast(model, lambda: Stream(model, windows, batch_size, store, keep=True))
-    for block in stream.visits:
-        if stream.visits.count(block) > 1:
+    passes, blockwise = _choose_autocast(model, lambda: BlockwisePass(model, windows, batch_size, store, keep=True))
+    for block in blockwise.visits:
+        if blockwise.visits.count(block) > 1:
             raise _used_again(model, model.block_names[block])
-    visits, back = list(enumerate(stream.visits)), _Back(stream, passes)
+    visits, back = list(enumerate(blockwise.visits)), _Back(blockwise, passes)
     for number, block in progress(visits, "gradients, forward", "block"):
         with model.resident_block(block), passes():
-            stream.advance(number)
-    for batch in progress(range(len(stream)), "gradients, loss", "batch"):
+            blockwise.advance(number)
+    for batch in progress(range(len(blockwise)), "gradients, loss", "batch"):
         back.from_loss(batch)
     for number, block in progress(visits[::-1], "gradients, back", "block"):
         with model.resident_block(block), _asked(model.matrices_of(block), visit):
-            for batch in range(len(stream)):
+            for batch in range(len(blockwise)):
                 back.through(number, batch)
         back.release(number)
 
 
 class _Back:
-    """The gradients with respect to what a stream has kept, from the loss backwards; `passes` gives the contexts
+    """The gradients with respect to what a blockwise pass has kept, from the loss backwards; `passes` gives the contexts
     of its passes.
     """
 
-    def __init__(self, stream: Stream, passes: Callable[[], AbstractContextManager]):
-        self._stream, self._passes = stream, passes
+    def __init__(self, blockwise: BlockwisePass, passes: Callable[[], AbstractContextManager]):
+        self._blockwise, self._passes = blockwise, passes
         self._gradients: dict[Leaf, Activations] = {}
 
     def from_loss(self, batch: int) -> None:
-        model, route = self._stream.model, self._stream.route
-        tokens = self._stream.batches[batch].to(model.device)
+        model, route = self._blockwise.model, self._blockwise.route
+        tokens = self._blockwise.batches[batch].to(model.device)
 
         def loss(given: Given) -> list[tuple[Tensor, Tensor | None]]:
             _, logits = route.calls(model, tokens, lambda leaf: given(leaf, batch), run=model.forward_logits)
@@ -170,10 +170,10 @@ class _Back:
 
     def through(self, visit: int, batch: int) -> None:
         """Through one visit, computed again."""
-        stream, block = self._stream, self._stream.block(visit)
+        blockwise, block = self._blockwise, self._blockwise.block(visit)
 
         def outputs(given: Given) -> list[tuple[Tensor, Tensor | None]]:
-            leaves = stream.route.call(visit, block, stream.arguments(visit, batch, given))
+            leaves = blockwise.route.call(visit, block, blockwise.arguments(visit, batch, given))
             wanted = [(value, self._gradients.get((visit, place))) for place, value in enumerate(leaves)]
             return [(value, held[batch]) for value, held in wanted if held is not None and batch < len(held)]
 
@@ -182,7 +182,7 @@ class _Back:
     def release(self, visit: int) -> None:
         """Let go of what the visit gave and of its gradients: those before it do not read them."""
         self._gradients = {leaf: held for leaf, held in self._gradients.items() if leaf[0] != visit}
-        self._stream.release(visit)
+        self._blockwise.release(visit)
 
     def _take(self, batch: int, forward: Callable[[Given], list[tuple[Tensor, Tensor | None]]]) -> None:
         """The gradients of one batch from what `forward` returns, a gradient with each, to what it was given."""
@@ -190,7 +190,7 @@ class _Back:
         handed: dict[Leaf, Tensor] = {}
 
         def given(leaf: Leaf, batch: int) -> Tensor | None:
-            value = self._stream.given(leaf, batch)
+            value = self._blockwise.given(leaf, batch)
             if value is None or leaf == ENTRY or not value.is_floating_point():
                 return value
             if leaf not in leaves:
@@ -207,7 +207,7 @@ class _Back:
         for leaf, value in leaves.items():
             if value.grad is None:  # as of all but the last block's output, where the loss is computed
                 continue
-            held = self._gradients.setdefault(leaf, self._stream.hidden.new_empty())
+            held = self._gradients.setdefault(leaf, self._blockwise.hidden.new_empty())
             while len(held) < batch:  # of batches that did not depend on it
-                held.put(len(held), torch.zeros_like(self._stream.given(leaf, len(held))))
+                held.put(len(held), torch.zeros_like(self._blockwise.given(leaf, len(held))))
             held.put(batch, value.grad if batch == len(held) else held[batch] + value.grad)

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import ranks
 from .activations import Store
+from .blockwise import last_hidden_states
 from .errors import RunError, reason_of
 from .evaluate import logits_in_parts
 from .load import context_length
 from .model import LanguageModel
 from .progress import progress
-from .stream import last_hidden_states
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and tokens of the context and of what follows it
 Row = tuple[tuple[int, ...], list[int]]  # tokens that the model reads, and the numbers of the requests they answer

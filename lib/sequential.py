@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ranks
 from .activations import Store
+from .blockwise import BlockwisePass, DenseReference
 from .errors import RunError, linalg_errors
 from .masks import Pattern
 from .model import LanguageModel, Matrix
@@ -22,7 +23,6 @@ from .recovery import RECIPE, recover
 from .stats import InputStats
 from .stopwatch import Stopwatch
 from .storage import round_to_save_dtypes
-from .stream import DenseReference, Stream
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def prune_model(
     stats_windows: int | None = None,
     row_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Prune every matrix in place to its target, block by block, on the stream of the blocks already pruned.
+    """Prune every matrix in place to its target, block by block, on what the blocks already pruned give.
 
     windows (nsamples, seqlen) token ids, of which each rank takes its share; not read by a pruner that needs nothing
     of its input. What is zero already stays zero and counts towards the target. Retries, fallbacks and matrices with
@@ -93,8 +93,8 @@ def prune_model(
             with clock("recover"):
                 weights = {matrix.stored for matrix in whole}
                 frozen = [parameter for parameter in model.blocks[block].parameters() if parameter not in weights]
-                forward = functools.partial(step.stream.output, step.visit)
-                first, final = recover(whole, forward, step.dense.hidden, step.stream.windows, frozen)
+                forward = functools.partial(step.blockwise.output, step.visit)
+                first, final = recover(whole, forward, step.dense.hidden, step.blockwise.windows, frozen)
             log.info("block %d: error %.4f of the dense output, %.4f after training", block + 1, first, final)
         found = [event for events_of_rank in ranks.all_gather(found) for event in events_of_rank]
         # So that the next block reads what is saved.
@@ -181,9 +181,9 @@ class Step:
 
     stats   of their inputs, by name, over all blocks that share them; a matrix that saw no token on any rank has none
     no_stats  name -> why it has none
-    visit   the stream's call of the block that this is, its last
+    visit   the pass's call of the block that this is, its last
     last    whether this is all of the block that is left
-    stream  the calibration windows, about to enter the block; None where no token is run
+    blockwise  the pass of the calibration windows, about to enter the block; None where no token is run
     dense   the same windows in the dense model, just past the block; None where nobody asked
     """
 
@@ -193,8 +193,8 @@ class Step:
     no_stats: dict[str, str]
     visit: int
     last: bool = True
-    stream: Stream | None = None
-    dense: Stream | None = None
+    blockwise: BlockwisePass | None = None
+    dense: BlockwisePass | None = None
 
 
 def walk(
@@ -219,69 +219,71 @@ def walk(
     before have left it. Statistics are of the first `stats_windows` windows only, whole batches of every rank.
     """
     clock = clock or Stopwatch()
-    stream = dense_stream = None
+    blockwise = dense_blockwise = None
     if needs != "nothing":
         with clock("calibrate"):
-            stream = Stream(
+            blockwise = BlockwisePass(
                 model, ranks.shard(windows), batch_size, store, stats_windows=len(ranks.shard(windows[:stats_windows]))
             )
-            dense_stream = stream.copy() if dense else None
+            dense_blockwise = blockwise.copy() if dense else None
     held: dict[str, InputStats] = {}  # by name, of the uses met so far
     no_stats: dict[str, str] = {}
-    visits = list(enumerate(stream.visits)) if stream else [(block, block) for block in range(done, len(model.blocks))]
+    visits = (
+        list(enumerate(blockwise.visits)) if blockwise else [(block, block) for block in range(done, len(model.blocks))]
+    )
 
     def collect(visit: int, uses: list[Matrix], reference: DenseReference | None) -> None:
         bar.set_description("statistics")
         with clock("calibrate"), clock("statistics"):
-            found, missing = stream.collect(visit, uses, needs, reference)
+            found, missing = blockwise.collect(visit, uses, needs, reference)
             held.update(_both(held, _over_ranks(found, uses, needs, cross)))
             no_stats.update(missing)
 
-    def advance(one: Stream, visit: int, part: str) -> None:
-        if visit + 1 < len(visits) or one is dense_stream:
+    def advance(one: BlockwisePass, visit: int, part: str) -> None:
+        if visit + 1 < len(visits) or one is dense_blockwise:
             bar.set_description(part)
             with clock("calibrate"), clock(part):
                 one.advance(visit)
 
     with progress(visits, "blocks", "block") as bar:
         for visit, block in bar:
-            ends = stream is None or visit == stream.route.last_visit(block)
+            ends = blockwise is None or visit == blockwise.route.last_visit(block)
             uses = model.uses_in(block)
             again = [use for use, matrix in uses if matrix.block >= max(done, block + ends)]  # by a later visit
             if not (ends and block >= done):  # nothing is pruned: what is, was when its last visit came
-                if again or dense_stream is not None or not ends:
+                if again or dense_blockwise is not None or not ends:
                     with model.resident_block(block, pruned_upto=-1):
                         if again:
-                            collect(visit, again, DenseReference(dense_stream, visit) if cross else None)
-                        if dense_stream is not None:
-                            advance(dense_stream, visit, "dense")
+                            collect(visit, again, DenseReference(dense_blockwise, visit) if cross else None)
+                        if dense_blockwise is not None:
+                            advance(dense_blockwise, visit, "dense")
                         if not ends:
-                            advance(stream, visit, "propagation")
+                            advance(blockwise, visit, "propagation")
                 if ends:
                     with model.resident_block(block, pruned_upto=block):
-                        advance(stream, visit, "propagation")
+                        advance(blockwise, visit, "propagation")
                 continue
             with model.resident_block(block):
-                if dense_stream is not None and not cross:
-                    advance(dense_stream, visit, "dense")
+                if dense_blockwise is not None and not cross:
+                    advance(dense_blockwise, visit, "dense")
                 matrices = model.matrices_of(block)
                 last_uses = [use for use, matrix in uses if matrix.block == block]
-                reference = DenseReference(dense_stream, visit) if cross and stream else None
-                stages = stream.stages(visit, last_uses) if reference else [last_uses]
+                reference = DenseReference(dense_blockwise, visit) if cross and blockwise else None
+                stages = blockwise.stages(visit, last_uses) if reference else [last_uses]
                 turn = {use.name: index for index, stage in enumerate(stages) for use in stage}
                 for index, stage in enumerate(stages):
                     last = index == len(stages) - 1
                     if reference is not None and last:
-                        reference.advances, reference.residual_writer = True, stream.residual_writer(visit, stage)
-                    if stream is not None:
+                        reference.advances, reference.residual_writer = True, blockwise.residual_writer(visit, stage)
+                    if blockwise is not None:
                         collect(visit, stage if index else stage + again, reference)
                     bar.set_description("pruning")
                     now = [matrix for matrix in matrices if turn[matrix.name] == index]
                     stats = {matrix.name: held.pop(matrix.name) for matrix in now if matrix.name in held}
-                    yield Step(block, now, stats, no_stats, visit, last, stream, dense_stream)
+                    yield Step(block, now, stats, no_stats, visit, last, blockwise, dense_blockwise)
                     del stats
-                if stream is not None:
-                    advance(stream, visit, "propagation")
+                if blockwise is not None:
+                    advance(blockwise, visit, "propagation")
 
 
 def _both(held: dict[str, InputStats], found: dict[str, InputStats]) -> dict[str, InputStats]:

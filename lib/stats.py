@@ -18,7 +18,7 @@ class InputStats:
     cross        (in, in)  X_d^T X, X_d what the dense model reads for the same tokens, only where asked for; else None
     paired       rows of X that came with their X_d
     residual     (out, in)  (R_d - R)^T X, R what the block adds the one reading matrix's output to, R_d the same in the
-                 dense model; only of the matrix that writes a block's output (lib/stream.py); else None
+                 dense model; only of the matrix that writes a block's output (lib/blockwise.py); else None
 
     One object serves every matrix that reads the tensor, and so does all that is derived from it.
     """

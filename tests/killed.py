@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main
-from lib import cli, esd, evaluate, results, stream
+from lib import blockwise, cli, esd, evaluate, results
 from lib.results import cache, checkpoint, files, journal, report, run
 
 EVENTS: list[str] = []
@@ -62,7 +62,7 @@ def watch_writes(at: int) -> None:
 if __name__ == "__main__":
     at, names = int(sys.argv[1]), Path(sys.argv[2])
     watch(esd, "squared_singular_values", at)
-    watch(stream.Stream, "leaves", at)
+    watch(blockwise.BlockwisePass, "leaves", at)
     watch(evaluate, "_losses", at)
     watch_writes(at)
     status = cli.main(lambda config: results.summary(main.run(config)), sys.argv[3:])

@@ -11,7 +11,7 @@ import transformers
 from tiny import ARCHITECTURES, CLASSIC, FURTHER, tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model, save_checkpoint, sparsity_by_matrix
-from lib.stream import Stream
+from lib.blockwise import BlockwisePass
 
 
 def targets_of(model: LanguageModel) -> dict[str, float]:
@@ -21,10 +21,10 @@ def targets_of(model: LanguageModel) -> dict[str, float]:
 
 def logits_of_stream(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
     """Logits with the blocks' part computed by the sequential path, block by block and in batches."""
-    stream = Stream(model, tokens, batch_size=2)
+    blockwise = BlockwisePass(model, tokens, batch_size=2)
     for block in range(len(model.blocks)):
-        stream.advance(block)
-    return torch.cat([model.logits(last) for _, last in stream.outputs()])
+        blockwise.advance(block)
+    return torch.cat([model.logits(last) for _, last in blockwise.outputs()])
 
 
 def is_tied(hf: torch.nn.Module) -> bool:

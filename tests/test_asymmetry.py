@@ -7,11 +7,11 @@ from test_sequential import inputs_by_hook
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, prune_model
+from lib.blockwise import BlockwisePass
 from lib.pruners.asymmetry import asymmetric_weights
 from lib.pruners.damping import DAMPING
 from lib.sequential import walk
 from lib.stats import InputStats
-from lib.stream import Stream
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "falcon", "gpt2", "opt"])
@@ -58,9 +58,9 @@ def test_experts_are_paired_by_the_pruned_models_routing(architecture):
 )
 def test_stages_follow_the_data(architecture, kinds):
     model = LanguageModel(tiny_model(architecture))
-    stream = Stream(model, tiny_tokens(), 2)
-    stream.advance(0)
-    stages = stream.stages(1, model.matrices_of(1))
+    blockwise = BlockwisePass(model, tiny_tokens(), 2)
+    blockwise.advance(0)
+    stages = blockwise.stages(1, model.matrices_of(1))
     named = [dict.fromkeys(m.name.rstrip("0123456789.").rpartition(".")[2] for m in stage) for stage in stages]
     assert [" ".join(names) for names in named] == kinds
 
@@ -132,10 +132,10 @@ def test_the_matrix_that_writes_the_blocks_output_is_aimed_at_it():
 def test_which_matrices_write_a_blocks_output(architecture, writes):
     """Not behind a norm of its own (Gemma 2), and not experts."""
     model = LanguageModel(tiny_model(architecture))
-    stream = Stream(model, tiny_tokens(), 2)
-    last = stream.stages(0, model.matrices_of(0))[-1]
-    assert stream.residual_writer(0, last) is (last[0] if writes else None)
-    assert stream.residual_writer(0, stream.stages(0, model.matrices_of(0))[0]) is None
+    blockwise = BlockwisePass(model, tiny_tokens(), 2)
+    last = blockwise.stages(0, model.matrices_of(0))[-1]
+    assert blockwise.residual_writer(0, last) is (last[0] if writes else None)
+    assert blockwise.residual_writer(0, blockwise.stages(0, model.matrices_of(0))[0]) is None
 
 
 def test_tokens_without_a_counterpart_leave_the_weight_alone_and_are_noted():
@@ -168,5 +168,5 @@ def test_the_writer_of_large_outputs(architecture, writes, dtype):
     model = LanguageModel(tiny_model(architecture).to(dtype))
     last = model.matrices_of(0)[-1]
     last.write(1e4 * last.weight)
-    stream = Stream(model, tiny_tokens(), 6)
-    assert stream.residual_writer(0, [last]) is (last if writes else None)
+    blockwise = BlockwisePass(model, tiny_tokens(), 6)
+    assert blockwise.residual_writer(0, [last]) is (last if writes else None)

@@ -10,11 +10,11 @@ from transformers import CONFIG_MAPPING
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, find_source, perplexity, prune_model, results
 from lib.activations import Store
+from lib.blockwise import BlockwisePass
 from lib.load import load_model, open_model, weight_files
 from lib.results import Journal
 from lib.sequential import walk
 from lib.shards import ShardedModel, Shards
-from lib.stream import Stream
 
 _ALL = {
     "vocab_size": 96,
@@ -86,10 +86,10 @@ def test_the_stream_is_the_models_own_forward(name):
         with torch.no_grad():
             expected = torch.cat([hf(input_ids=part, use_cache=False).logits for part in tokens.split(2)])
         model = LanguageModel(hf)
-        stream = Stream(model, tokens, batch_size=2)
-        for visit in range(len(stream.visits)):
-            stream.advance(visit)
-        assert torch.equal(torch.cat([model.logits(last) for _, last in stream.outputs()]), expected)
+        blockwise = BlockwisePass(model, tokens, batch_size=2)
+        for visit in range(len(blockwise.visits)):
+            blockwise.advance(visit)
+        assert torch.equal(torch.cat([model.logits(last) for _, last in blockwise.outputs()]), expected)
 
 
 @pytest.mark.parametrize("name", HERE)

@@ -11,9 +11,9 @@ from toy import Block, Toy
 
 import main
 from lib import LanguageModel, Pattern, RunError, find_source
+from lib.blockwise import BlockwisePass
 from lib.config import RunConfig
 from lib.load import choose_device, choose_dtype, context_length, load_model, load_tokenizer
-from lib.stream import Stream
 
 
 def test_matrices_are_shown_as_out_in_and_written_in_place():
@@ -255,10 +255,10 @@ def test_the_model_calls_its_body_in_its_own_way(body, form):
     expected = own if isinstance(own, torch.Tensor) else own[0]
     torch.testing.assert_close(model.logits(model.hidden_states(tokens)), expected, rtol=0, atol=0)
     windows = tiny_tokens(2)
-    stream = Stream(model, windows, 2)
+    blockwise = BlockwisePass(model, windows, 2)
     for visit in range(2):
-        stream.advance(visit)
-    ((_, last),) = stream.outputs()
+        blockwise.advance(visit)
+    ((_, last),) = blockwise.outputs()
     own = hf(windows)
     torch.testing.assert_close(model.logits(last), own if isinstance(own, torch.Tensor) else own[0])
 

@@ -12,9 +12,9 @@ from toy import Block, Toy, in_turn
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, precision, prune_model, sparsity_by_matrix
 from lib.activations import Store
+from lib.blockwise import BlockwisePass
 from lib.fisher import row_fisher
 from lib.sequential import walk
-from lib.stream import Stream
 
 
 def pick(hidden: Tensor) -> Tensor:
@@ -196,30 +196,30 @@ def test_streams_give_what_the_models_own_forward_gives(toy, stored, tmp_path):
     model = LanguageModel(TOYS[toy]())
     for windows, seqlen, batch_size in ((5, 24, 2), (3, 9, 3)):
         tokens = tiny_tokens(windows, seqlen, seed=windows)
-        stream = Stream(model, tokens, batch_size, Store(tmp_path, 0) if stored else None)
-        assert stream.route.plain == (toy in PLAIN)
-        for visit in range(len(stream.visits)):
-            again = [stream.output(visit, batch) for batch in range(len(stream))]
-            stream.advance(visit)
-            assert all(torch.equal(one, other) for one, other in zip(again, stream.hidden, strict=True))
-        for read, last in stream.outputs():
+        blockwise = BlockwisePass(model, tokens, batch_size, Store(tmp_path, 0) if stored else None)
+        assert blockwise.route.plain == (toy in PLAIN)
+        for visit in range(len(blockwise.visits)):
+            again = [blockwise.output(visit, batch) for batch in range(len(blockwise))]
+            blockwise.advance(visit)
+            assert all(torch.equal(one, other) for one, other in zip(again, blockwise.hidden, strict=True))
+        for read, last in blockwise.outputs():
             assert torch.equal(last, model.hidden_states(read))
 
 
 def test_what_nobody_reads_is_not_kept():
     model = LanguageModel(toy_of_attention("tuple"))
-    stream = Stream(model, tiny_tokens(), 2)
+    blockwise = BlockwisePass(model, tiny_tokens(), 2)
     for visit in range(3):
-        stream.advance(visit)
-        assert [held.same_layout(torch.empty(1, 24, 16)) for held in stream._held.values()][-1:] == [True]
-        assert len({id(held) for held in stream._held.values()}) == 1
+        blockwise.advance(visit)
+        assert [held.same_layout(torch.empty(1, 24, 16)) for held in blockwise._held.values()][-1:] == [True]
+        assert len({id(held) for held in blockwise._held.values()}) == 1
 
 
 def test_what_is_read_no_more_gives_its_place():
-    stream = Stream(LanguageModel(toy_of_indices(6)), tiny_tokens(), 2)
+    blockwise = BlockwisePass(LanguageModel(toy_of_indices(6)), tiny_tokens(), 2)
     for visit in range(6):
-        stream.advance(visit)
-        assert len({id(held) for held in stream._held.values()}) <= 2  # hidden states, and the one choice of tokens
+        blockwise.advance(visit)
+        assert len({id(held) for held in blockwise._held.values()}) <= 2  # hidden states, and the one choice of tokens
 
 
 def sums_by_hook(toy: Toy, tokens: Tensor) -> dict[nn.Module, tuple[int, Tensor]]:
@@ -429,7 +429,7 @@ def test_a_model_that_changes_its_own_weights_is_refused_before_the_work():
             continue
         with pytest.raises(RunError, match=f"changes its own weights .*attention.output.*{advice}"):
             model.check(Pattern())
-    for look in (lambda model: model.check(Pattern()), lambda model: Stream(model, tiny_tokens(), 2)):
+    for look in (lambda model: model.check(Pattern()), lambda model: BlockwisePass(model, tiny_tokens(), 2)):
         with pytest.raises(RunError, match=r"Toy changes its own weights .*model.layers.0.inner.0.weight"):
             look(LanguageModel(Toy([Block() for _ in range(3)], changes_weights)))
 
@@ -438,7 +438,7 @@ def test_a_model_that_changes_its_own_weights_is_refused_before_the_work():
 def test_a_model_that_its_blocks_do_not_reproduce_is_refused_with_the_reason(reason):
     model = LanguageModel(REFUSED[reason]())
     with pytest.raises(RunError, match=rf"--model Toy: Toy cannot be pruned block by block: .*{reason}"):
-        Stream(model, tiny_tokens(), 2)
+        BlockwisePass(model, tiny_tokens(), 2)
 
 
 def test_windows_that_take_another_way_are_refused():
@@ -449,4 +449,4 @@ def test_windows_that_take_another_way_are_refused():
     tokens = tiny_tokens(2)
     tokens[:, 0] = torch.tensor([5, 6])
     with pytest.raises(RunError, match="not all windows go through its blocks in the same order"):
-        Stream(LanguageModel(Toy([Block() for _ in range(3)], walk)), tokens, 1)
+        BlockwisePass(LanguageModel(Toy([Block() for _ in range(3)], walk)), tokens, 1)

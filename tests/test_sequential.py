@@ -5,9 +5,9 @@ import torch
 from tiny import tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, RunError, prune_model
+from lib.blockwise import BlockwisePass
 from lib.sequential import walk
 from lib.stats import InputStats
-from lib.stream import Stream
 
 
 def inputs_by_hook(hf, tokens: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -108,10 +108,10 @@ def test_hooks_on_blocks_are_part_of_them():
     hf = tiny_model("llama")
     hf.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 1.5, *args[1:]))
     model = LanguageModel(hf)
-    stream = Stream(model, tiny_tokens(), 2)
+    blockwise = BlockwisePass(model, tiny_tokens(), 2)
     for visit in range(3):
-        stream.advance(visit)
-    found = torch.cat([last for _, last in stream.outputs()])
+        blockwise.advance(visit)
+    found = torch.cat([last for _, last in blockwise.outputs()])
     torch.testing.assert_close(found, model.hidden_states(tiny_tokens()))
 
 

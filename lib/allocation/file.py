@@ -123,17 +123,17 @@ SPARSITIES = Option(
 def file(problem: Problem) -> dict[str, float]:
     """Each matrix as --sparsities says. Raises RunError for an entry that decides nothing, and a matrix without one."""
     entries: Entries = problem.options["sparsities"]
-    covered, deciding = {}, {}
+    covered, decided_by = {}, {}
     given = dict(entries.sparsities)
     for key in given:
         covered[key] = _covered(key, problem, entries)
-        deciding |= dict.fromkeys(covered[key], key)
-    for key in covered.keys() - set(deciding.values()):
-        later = deciding[covered[key][0]]
+        decided_by |= dict.fromkeys(covered[key], key)
+    for key in covered.keys() - set(decided_by.values()):
+        later = decided_by[covered[key][0]]
         raise entries.error(f"'{key}' is overridden by '{later}' after it; leave it out, or put it later")
-    if missing := [name for name in problem.sizes if name not in deciding]:
+    if missing := [name for name in problem.sizes if name not in decided_by]:
         raise entries.error(f"says nothing of {len(missing)} of {len(problem.sizes)} matrices, such as {missing[0]}")
-    found = {name: given[deciding[name]] for name in problem.sizes}
+    found = {name: given[decided_by[name]] for name in problem.sizes}
     mean = problem.mean(found)
     if problem.sparsity is not None and abs(mean - problem.sparsity) > ROUNDING:
         raise RunError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import ranks, results, zero_shot
 from ..activations import Store
 from ..analysis import describe, note
+from ..blockwise import BlockwiseError
 from ..data import evaluation_windows, training_windows
 from ..errors import RunError
 from ..evaluate import perplexity, sparsity_by_matrix
@@ -17,7 +18,6 @@ from ..load import Source, context_length, find_source, load_config, load_model,
 from ..masks import Pattern
 from ..model import LanguageModel
 from ..stopwatch import Stopwatch
-from ..stream import BlockwiseError
 from .config import FinetuneConfig
 from .student import DivergedError, MaskedFull, MaskedLora, PlainLora, Student
 from .teacher import Teacher, teacher_errors

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import ranks
 from ..activations import Activations, Store
+from ..blockwise import last_hidden_states
 from ..errors import RunError
 from ..model import LanguageModel
-from ..stream import last_hidden_states
 
 
 class Teacher:

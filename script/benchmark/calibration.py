@@ -24,11 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lib import PRUNERS, Pattern, digest, find_source, load_model, masks
+from lib.blockwise import BlockwisePass
 from lib.config import TOKENS_AT_ONCE
 from lib.memory import copy_to_host, keep_freed_memory
 from lib.pruners import sparsegpt
 from lib.stats import InputStats
-from lib.stream import Stream
 
 REPEATS = 5
 
@@ -40,9 +40,9 @@ def timed(function) -> float:
 
 
 @torch.no_grad()
-def published_block(stream: Stream, block: int, needs: str) -> None:
-    """Collect and propagate the windows of `stream`, made with a batch size of 1."""
-    matrices, module = stream.model.matrices_of(block), stream.model.blocks[block]
+def published_block(blockwise: BlockwisePass, block: int, needs: str) -> None:
+    """Collect and propagate the windows of `blockwise`, made with a batch size of 1."""
+    matrices, module = blockwise.model.matrices_of(block), blockwise.model.blocks[block]
     sums = {
         m.name: torch.zeros(m.shape[1], m.shape[1]) if needs == "gram" else torch.zeros(m.shape[1]) for m in matrices
     }
@@ -55,17 +55,17 @@ def published_block(stream: Stream, block: int, needs: str) -> None:
         return hook
 
     hooks = [m.module.register_forward_hook(hook_of(m)) for m in matrices]
-    for batch in range(len(stream)):
-        args, kwargs = stream.arguments(block, batch)
+    for batch in range(len(blockwise)):
+        args, kwargs = blockwise.arguments(block, batch)
         module(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    stream.advance(block)
+    blockwise.advance(block)
 
 
-def ours_block(stream: Stream, block: int, needs: str) -> None:
-    stream.collect(block, stream.model.matrices_of(block), needs)
-    stream.advance(block)
+def ours_block(blockwise: BlockwisePass, block: int, needs: str) -> None:
+    blockwise.collect(block, blockwise.model.matrices_of(block), needs)
+    blockwise.advance(block)
 
 
 def rate() -> float:
@@ -156,7 +156,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     windows = torch.randint(0, vocabulary, (options.nsamples, options.seqlen), generator=generator)
-    theirs, ours = Stream(model, windows, 1), Stream(model, windows, max(1, TOKENS_AT_ONCE["cpu"] // options.seqlen))
+    theirs, ours = (
+        BlockwisePass(model, windows, 1),
+        BlockwisePass(model, windows, max(1, TOKENS_AT_ONCE["cpu"] // options.seqlen)),
+    )
 
     published, mine = [], []
     for block in range(options.blocks):

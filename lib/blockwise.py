@@ -27,30 +27,30 @@ ENTRY: Leaf = (-1, 0)  # the hidden state that the first visit is called with
 
 
 class DenseReference:
-    """The dense reference of one block that is pruned in stages: the dense model's stream, and a copy of the block.
+    """The dense reference of one block that is pruned in stages: the dense model's pass, and a copy of the block.
 
-    advances         whether the stream leaves the block with the next statistics: those of the last stage
+    advances         whether the pass leaves the block with the next statistics: those of the last stage
     dense_modules    module of the block -> its dense copy
     residual_writer  the matrix whose output the block adds last, to the residual stream; None where there is none
     """
 
-    def __init__(self, stream: "Stream", visit: int):
-        self.stream, self._visit, self.advances = stream, visit, False
+    def __init__(self, blockwise: "BlockwisePass", visit: int):
+        self.blockwise, self._visit, self.advances = blockwise, visit, False
         self.residual_writer: Matrix | None = None
-        module = stream.block(visit)
+        module = blockwise.block(visit)
         self._module = copy.deepcopy(module)
         self.dense_modules = dict(zip(module.modules(), self._module.modules(), strict=True))
 
     def leaves(self, batch: int) -> list:
         """The dense block's output leaves for one batch."""
-        return self.stream.leaves(self._visit, batch, self._module)
+        return self.blockwise.leaves(self._visit, batch, self._module)
 
 
 class BlockwiseError(RunError):
     """A model whose blocks cannot be called one by one."""
 
 
-class Stream:
+class BlockwisePass:
     """The calibration windows on their way through the blocks: what each visit gives, a batch at a time.
 
     windows (n, seqlen), cut into batches; or the batches (B, S) themselves, of whatever lengths, the longest first.
@@ -62,7 +62,7 @@ class Stream:
     batches  the windows (B, S)
     windows  how many there are; statistics are of the first `stats_windows` only
 
-    What no later visit reads makes room for what comes, unless the stream is to `keep` all.
+    What no later visit reads makes room for what comes, unless the pass is to `keep` all.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Stream:
     def block(self, visit: int) -> nn.Module:
         return self.model.blocks[self.visits[visit]]
 
-    def copy(self) -> "Stream":
-        """Another stream of the same windows, at the same visit."""
+    def copy(self) -> "BlockwisePass":
+        """Another pass of the same windows, at the same visit."""
         other = copy.copy(self)
         other.hidden = self.hidden.copy()
         other._held = {leaf: other.hidden if held is self.hidden else held.copy() for leaf, held in self._held.items()}
@@ -154,7 +154,7 @@ class Stream:
                 self._held[visit, place].put(batch, value)
 
     def release(self, visit: int) -> None:
-        """Free a visit's output leaves, in a stream that keeps all."""
+        """Free a visit's output leaves, in a pass that keeps all."""
         self._held = {leaf: held for leaf, held in self._held.items() if leaf[0] != visit}
 
     def _output_of(self, visit: int) -> Leaf:
@@ -207,10 +207,10 @@ class Stream:
                 gap -= (dense_written - written).flatten(0, -2)  # before it wrote
                 collector.stats[residual_writer.name].add_residual(gap, x)
             if dense is not None and dense.advances:
-                dense.stream.receive(visit, batch, dense_leaves)
+                dense.blockwise.receive(visit, batch, dense_leaves)
         if dense is not None and dense.advances:
             for batch in range(self._stats_batches, len(self)):
-                dense.stream.receive(visit, batch, dense.leaves(batch))
+                dense.blockwise.receive(visit, batch, dense.leaves(batch))
         return collector.finish(), collector.missing_reasons(module)
 
     @torch.no_grad()
@@ -314,26 +314,28 @@ def _follow(model: LanguageModel, window: Tensor) -> Route:
 
 
 def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool, Tensor]:
-    """Whether a stream that receives what each visit of a forward pass gives has its arguments, and what it ends in."""
-    stream, same, visit = Stream(model, window, 1, route=route), True, -1
+    """Whether a pass that receives what each visit of a forward pass gives has its arguments, and what it ends in."""
+    blockwise, same, visit = BlockwisePass(model, window, 1, route=route), True, -1
     containers: list = []
 
     def before(_module, args, kwargs):
         nonlocal same, visit
         visit += 1
-        same &= same_values(stream.arguments(visit, 0), (args, kwargs))
+        same &= same_values(blockwise.arguments(visit, 0), (args, kwargs))
         containers.append(Containers((args, kwargs)))
 
     def after(_module, _args, output):
         given = (output, containers.pop().written())
-        stream.receive(visit, 0, tree_flatten(tree_map_only(Tensor, torch.clone, given) if route.writes else given)[0])
+        blockwise.receive(
+            visit, 0, tree_flatten(tree_map_only(Tensor, torch.clone, given) if route.writes else given)[0]
+        )
 
     with _resident_in_forward(model), ExitStack() as stack:
         for block in model.blocks:
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
             stack.callback(block.register_forward_hook(after).remove)
         model.hidden_states(window)
-    return same, next(stream.outputs())[1]
+    return same, next(blockwise.outputs())[1]
 
 
 @contextmanager
@@ -350,18 +352,18 @@ def last_hidden_states(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of windows (B, S) and their last hidden states (B, S, d), after the final norm.
 
-    windows as `Stream` takes them.
+    windows as `BlockwisePass` takes them.
     Of a model in memory batch by batch; of one that is not, all batches through one block, then through the next.
     """
     if not model.streamed:
         for batch in _batches(windows, batch_size):
             yield batch, model.hidden_states(batch)
         return
-    stream = Stream(model, windows, batch_size, store)
-    for visit, block in enumerate(progress(stream.visits, "evaluation", "block")):
+    blockwise = BlockwisePass(model, windows, batch_size, store)
+    for visit, block in enumerate(progress(blockwise.visits, "evaluation", "block")):
         with model.resident_block(block):
-            stream.advance(visit)
-    yield from stream.outputs()
+            blockwise.advance(visit)
+    yield from blockwise.outputs()
 
 
 def _batches(windows: Tensor | Sequence[Tensor], batch_size: int) -> Sequence[Tensor]:
