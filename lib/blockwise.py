@@ -326,9 +326,8 @@ def _go_along(model: LanguageModel, window: Tensor, route: Route) -> tuple[bool,
 
     def after(_module, _args, output):
         given = (output, containers.pop().written())
-        blockwise.receive(
-            visit, 0, tree_flatten(tree_map_only(Tensor, torch.clone, given) if route.writes else given)[0]
-        )
+        given = tree_map_only(Tensor, torch.clone, given) if route.writes else given
+        blockwise.receive(visit, 0, tree_flatten(given)[0])
 
     with _resident_in_forward(model), ExitStack() as stack:
         for block in model.blocks:

@@ -150,8 +150,8 @@ def _block_by_block(model: LanguageModel, windows: Tensor, visit: Visit, batch_s
 
 
 class _Back:
-    """The gradients with respect to what a blockwise pass has kept, from the loss backwards; `passes` gives the contexts
-    of its passes.
+    """The gradients with respect to what a blockwise pass has kept, from the loss backwards; `passes` gives the
+    contexts of its passes.
     """
 
     def __init__(self, blockwise: BlockwisePass, passes: Callable[[], AbstractContextManager]):

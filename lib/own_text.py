@@ -76,10 +76,10 @@ def _sampled(model: LanguageModel, prefix: list[int], batch: _Batch, seqlen: int
     """(windows, seqlen), on the host."""
     with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
         torch.manual_seed(batch.seed)
-        begun = (
+        first = (
             torch.tensor(prefix).expand(batch.size, -1) if prefix else batch.drawn(torch.randint, _vocabulary(model))
         )
-        begun = begun.to(model.device)
+        begun = first.to(model.device)
         try:
             with torch.no_grad():
                 found = model.model.generate(

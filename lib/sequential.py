@@ -179,12 +179,12 @@ def _not_finite(matrix: Matrix, what: str, otherwise: str) -> RunError:
 class Step:
     """The turn of one block, or of one stage of it: it is resident, and these matrices may be changed.
 
-    stats   of their inputs, by name, over all blocks that share them; a matrix that saw no token on any rank has none
-    no_stats  name -> why it has none
-    visit   the pass's call of the block that this is, its last
-    last    whether this is all of the block that is left
+    stats      of their inputs, by name, over all blocks that share them; none of a matrix that saw no token on any rank
+    no_stats   name -> why it has none
+    visit      the pass's call of the block that this is, its last
+    last       whether this is all of the block that is left
     blockwise  the pass of the calibration windows, about to enter the block; None where no token is run
-    dense   the same windows in the dense model, just past the block; None where nobody asked
+    dense      the same windows in the dense model, just past the block; None where nobody asked
     """
 
     block: int
@@ -228,9 +228,8 @@ def walk(
             dense_blockwise = blockwise.copy() if dense else None
     held: dict[str, InputStats] = {}  # by name, of the uses met so far
     no_stats: dict[str, str] = {}
-    visits = (
-        list(enumerate(blockwise.visits)) if blockwise else [(block, block) for block in range(done, len(model.blocks))]
-    )
+    without_tokens = [(block, block) for block in range(done, len(model.blocks))]
+    visits = list(enumerate(blockwise.visits)) if blockwise else without_tokens
 
     def collect(visit: int, uses: list[Matrix], reference: DenseReference | None) -> None:
         bar.set_description("statistics")

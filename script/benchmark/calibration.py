@@ -156,10 +156,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     windows = torch.randint(0, vocabulary, (options.nsamples, options.seqlen), generator=generator)
-    theirs, ours = (
-        BlockwisePass(model, windows, 1),
-        BlockwisePass(model, windows, max(1, TOKENS_AT_ONCE["cpu"] // options.seqlen)),
-    )
+    theirs = BlockwisePass(model, windows, 1)
+    ours = BlockwisePass(model, windows, max(1, TOKENS_AT_ONCE["cpu"] // options.seqlen))
 
     published, mine = [], []
     for block in range(options.blocks):
