@@ -76,10 +76,10 @@ def _sampled(model: LanguageModel, prefix: list[int], batch: _Batch, seqlen: int
     """(windows, seqlen), on the host."""
     with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
         torch.manual_seed(batch.seed)
-        first = (
-            torch.tensor(prefix).expand(batch.size, -1) if prefix else batch.drawn(torch.randint, _vocabulary(model))
-        )
-        begun = first.to(model.device)
+        if prefix:
+            begun = torch.tensor(prefix, device=model.device).expand(batch.size, -1)
+        else:
+            begun = batch.drawn(torch.randint, _vocabulary(model)).to(model.device)
         try:
             with torch.no_grad():
                 found = model.model.generate(

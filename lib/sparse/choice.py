@@ -19,25 +19,26 @@ STEP = 0.05  # of sparsities that are told apart
 FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
 MOST_COPIES = 256
 
-_known: dict[tuple, dict[float, int]] = {}  # shape and machine -> sparsity in steps -> tokens at once
+_known: dict[tuple, dict[float, int]] = {}  # shape, machine, whether dense is left -> sparsity in steps -> tokens
 _pays: dict[tuple, bool] = {}  # shape and machine -> whether 2:4 does
 
 
-def most_tokens(layer: SparseLinear, weight: Tensor) -> int:
+def most_tokens(layer: SparseLinear, weight: Tensor, packed_anyway: bool = False) -> int:
     """The most tokens at once for which the kernel is the fastest way through the layer; 0 where a single token is
-    multiplied as fast by the dense matrix (rows, columns), which it is then better left as.
+    multiplied as fast by the dense matrix (rows, columns), which it is then better left as, unless it is
+    `packed_anyway`.
 
     What was measured for one matrix holds for others of its shape: where it paid it does at higher sparsities, where it
     did not it does not at lower ones.
     """
     packed = layer.packed
-    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads())
+    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads(), packed_anyway)
     sparsity, known = round(packed.sparsity / STEP), _known.setdefault(key, {})
     if lower := [(at, most) for at, most in known.items() if at <= sparsity and most]:
         return max(lower)[1]
     if any(at >= sparsity and not most for at, most in known.items()):
         return NONE_AT_ONCE
-    known[sparsity] = _measured(layer, weight)
+    known[sparsity] = _measured(layer, weight, packed_anyway)
     return known[sparsity]
 
 
@@ -60,9 +61,9 @@ def _faster(layers: list[nn.Module], weight: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _measured(layer: SparseLinear, weight: Tensor) -> int:
+def _measured(layer: SparseLinear, weight: Tensor, packed_anyway: bool) -> int:
     layers = cold_copies(layer.copy, layer.packed.bytes)
-    if not _faster(layers, weight):
+    if not packed_anyway and not _faster(layers, weight):
         return NONE_AT_ONCE
     x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
     most = 1

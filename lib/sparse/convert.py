@@ -134,8 +134,7 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
         layer = SparseLinear(
             pack_for_device(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed
         )
-        if threshold is None:
-            layer.max_tokens = most_tokens(layer, weight)
+        layer.max_tokens = most_tokens(layer, weight, packed_anyway=threshold is not None)
         if not layer.max_tokens:
             return account.dense["as fast with their zeros"].append(matrix.name)
         after = layer.packed.bytes
