@@ -9,7 +9,7 @@ measured, and a failure is a row as well. The table is printed at the end whatev
 tiny      every pruner and allocation on tiny models, CPU against GPU; the lines at which the host waits for the GPU
 blocks    a block of LLaMA-7B's shape: statistics, every pruner on each of its matrices, seconds and memory
 kernels   the single operations the times hang on, and the published code's way of doing the same
-sparse    products with matrices held without their zeros, against dense float64 and beside cuBLAS
+sparse    products with matrices held without their zeros, against dense float64 and beside cuBLAS; tokens by generate
 commands  main.py's commands on that model, 4 blocks, with seconds by stage and peak memory
 """
 
@@ -31,7 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PHASES = {"tiny": 75, "blocks": 75, "kernels": 60, "sparse": 45, "commands": 240}  # most seconds each
+PHASES = {"tiny": 75, "blocks": 75, "kernels": 60, "sparse": 90, "commands": 240}  # most seconds each
 LIBRARIES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy", "psutil", "tqdm", "datasets",
     "weightwatcher", "matplotlib", "gguf", "sentencepiece", "triton",
@@ -179,8 +179,13 @@ def large_model() -> Path:
     from random_checkpoint import save_byte_tokenizer
 
     folder = Path(os.environ["SCRATCH"]) / "model"
-    if (folder / "config.json").is_file():
-        return folder
+    if not (folder / "config.json").is_file():
+        large_llama().save_pretrained(folder, max_shard_size="1GB")
+        save_byte_tokenizer(folder)
+    return folder
+
+
+def large_llama() -> "transformers.PreTrainedModel":
     torch.manual_seed(0)
     heads = max(2, options.hidden // 128)
     config = transformers.LlamaConfig(
@@ -197,9 +202,7 @@ def large_model() -> Path:
             if parameter.dim() == 2:
                 normal = torch.empty_like(parameter, dtype=torch.float32).normal_()
                 parameter.copy_(normal * normal.abs().sqrt() * 0.8 * parameter.shape[1] ** -0.5)
-    model.save_pretrained(folder, max_shard_size="1GB")
-    save_byte_tokenizer(folder)
-    return folder
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -465,11 +468,6 @@ def sparse() -> None:
     for share in (0.5, 0.6, 0.7, 0.8, 0.9):
         for tokens in (1, 4) if share == 0.7 else (1,):
             attempt("sparse", f"{share:.0%} of {n}x{m}, {tokens} tokens", lambda: product(share, tokens))
-    if on_gpu():
-        from lib.sparse import gpu_kernel
-
-        chosen = lambda: {"best": str(gpu_kernel._multiply.best_config)}  # noqa: E731
-        attempt("sparse", "kernel's configuration, of the last", chosen)
 
     def of_two_of_four() -> dict:
         weight = torch.randn(n // 64 * 64, m // 64 * 64, device=device).to(dtype)
@@ -500,6 +498,29 @@ def sparse() -> None:
         return {"same_text": torch.equal(found.generate(tokens.to(here()), **asked).cpu(), expected)}
 
     attempt("sparse", "llama generates, static cache", generated)
+
+    def written() -> dict:
+        """Milliseconds a token, and seconds of the first text, in which what is compiled is compiled."""
+        model, count, found = lib.LanguageModel(large_llama().eval()), 32, {}
+        for matrix in model.matrices:
+            matrix.write(matrix.weight.masked_fill(torch.rand(matrix.shape, device=device) < 0.7, 0))
+        tokens = torch.randint(options.vocabulary, (1, 16), device=device)
+        for how in ("dense", "dense, static", "packed", "packed, static"):
+            if how == "packed":
+                lib.sparse_model(model, threshold=0.5)
+            asked = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+            asked |= {"cache_implementation": "static"} if "static" in how else {}
+            write = lambda asked=asked: model.model.generate(tokens, **asked)  # noqa: E731
+            with torch.no_grad(), without_cudnn_attention():
+                found[f"{how}, first"], found[how] = seconds_of(write), 1e3 * seconds_of(write, 2) / count
+        return found
+
+    def own() -> dict:
+        model = lib.LanguageModel(large_llama().eval())
+        return {"ms_a_token": 1e3 * seconds_of(lambda: own_text(model, 8, seqlen=64)) / 64}
+
+    attempt("sparse", f"generate, {options.blocks} blocks, 70%", written, 45)
+    attempt("sparse", f"the model's own text, {options.blocks} blocks", own, 15)
 
 
 def commands() -> None:
@@ -570,10 +591,12 @@ if __name__ == "__main__":
     import main
     from lib import masks
     from lib.allocation.activations import linear_reconstruction_error
+    from lib.attention import without_cudnn_attention
     from lib.cli import set_up_logging
     from lib.esd import Spectrum, published_precision, squared_singular_values
     from lib.fisher import row_fisher, row_weights
     from lib.metrics import METRICS
+    from lib.own_text import own_text
     from lib.quality import allocation_scores
     from lib.sequential import walk
     from lib.sparse import SparseLinear, cuda, pack_for_device
