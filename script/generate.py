@@ -1,11 +1,12 @@
 """Continues a text with a pruned model whose zeros are left out, and says how fast and in how much memory.
 
-    python script/generate.py --model DIR --prompt "Once upon a time" [--dense | --compare]
+    python script/generate.py --model DIR --prompt "Once upon a time" [--dense | --compare] [--static]
 
 The text is streamed as it is made, greedily. --dense keeps the zeros; --compare does both, one after the other.
 """
 
 import contextlib
+import functools
 import gc
 import sys
 import time
@@ -58,6 +59,10 @@ class GenerateFlags(Flags):
     cache_dir: str = flag("llm_weights", "folder for downloaded models", group="model")
     dense: bool = flag(False, "keep the zeros", group="method")
     compare: bool = flag(False, "without the zeros, and then with them", group="method")
+    static: bool = flag(
+        False, "with a static cache: on cuda the model is compiled for the first text, and waits for Python no more",
+        group="method",
+    )  # fmt: skip
     prompt: str = flag("", "the text to continue", group="text")
     max_new_tokens: int = flag(64, "most tokens to add", group="text", least=1)
 
@@ -74,17 +79,19 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
     if dense:
         model = load_model(source, options.device, str(dtype).removeprefix("torch.")).model
     else:
-        model = sparse_model(source, device=options.device, dtype=options.dtype)
+        model = sparse_model(source, device=options.device, dtype=options.dtype, compiled=options.static)
     tokens = tokens.to(model.get_input_embeddings().weight.device)
     own = model.generation_config
     config = transformers.GenerationConfig(
         max_new_tokens=options.max_new_tokens, do_sample=False, eos_token_id=own.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
+        cache_implementation="static" if options.static else None,
     )  # fmt: skip
+    write = functools.partial(model.generate, tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
     with torch.no_grad(), without_cudnn_attention():
-        model(tokens)  # what is compiled is compiled before the clock starts
+        write() if options.static else model(tokens)  # what is compiled is compiled before the clock starts
         streamer, begin = Timed(tokenizer), time.perf_counter()
-        model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config, streamer=streamer)
+        write(streamer=streamer)
     first, *_, last = times = streamer.times[1:]
     rate = (len(times) - 1) / (last - first) if len(times) > 1 else float("nan")
     held = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}

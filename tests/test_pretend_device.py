@@ -30,6 +30,7 @@ from lib.precision import float32_matmul_precision
 from lib.pruners import Pruner, alps
 from lib.quality import allocation_scores
 from lib.results.run import environment
+from lib.sparse import choice
 from lib.stopwatch import Stopwatch
 from lib.trials import Trials
 
@@ -103,6 +104,21 @@ def test_a_graph_does_nothing_before_it_is_replayed():
         assert x.tolist() == [13.0] * 3
         with pytest.raises(CaptureError):
             captured(lambda: x.sum().item(), x.device)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_pays_is_measured_as_it_will_run(compiled, monkeypatch):
+    """In a compiled model by CUDA graphs of as many products as there are copies, else call by call."""
+    seen, alternating = [], choice._alternating
+    monkeypatch.setattr(choice, "_alternating", lambda *both: seen.append([len(c) for c in both]) or alternating(*both))
+    monkeypatch.setattr(choice, "MOST_COPIES", 3)
+    monkeypatch.setattr(choice, "_pays", {})
+    with pretended_gpus():
+        weight = torch.ones(8, 16, device="cuda")
+        layer = torch.nn.Linear(16, 8, bias=False, device="cuda")
+        for _ in range(2):  # and once
+            choice.pays(lambda: layer, layer.weight.nbytes, weight, compiled=compiled)
+    assert seen == [[1, 1] if compiled else [3, 3]]
 
 
 # --- results are the CPU's -------------------------------------------------------------------------------------------

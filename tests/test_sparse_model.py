@@ -469,9 +469,10 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_generate_compares(folder):
+@pytest.mark.parametrize("more", [[], ["--static"]])
+def test_generate_compares(folder, more):
     flags = ["--prompt", "w1 w2 w3", "--max_new_tokens", "5", "--compare", "--device", "cpu"]
-    done = forking.run("script/generate.py", ["--model", str(folder), *flags])
+    done = forking.run("script/generate.py", ["--model", str(folder), *flags, *more])
     assert done.returncode == 0, done.stderr
     first, second, *_ = done.stdout.splitlines()
     assert first == second  # the text

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..graphs import captured
 from .linear import SparseLinear, multiply
 
 MIN_SPARSITY = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
@@ -19,51 +20,57 @@ STEP = 0.05  # of sparsities that are told apart
 FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
 MOST_COPIES = 256
 
-_known: dict[tuple, dict[float, int]] = {}  # shape, machine, whether dense is left -> sparsity in steps -> tokens
+_known: dict[tuple, dict[float, int]] = {}  # shape, machine, what was asked -> sparsity in steps -> tokens at once
 _pays: dict[tuple, bool] = {}  # shape and machine -> whether 2:4 does
 
 
-def most_tokens(layer: SparseLinear, weight: Tensor, packed_anyway: bool = False) -> int:
+def most_tokens(layer: SparseLinear, weight: Tensor, *, packed_anyway: bool = False, compiled: bool = False) -> int:
     """The most tokens at once for which the kernel is the fastest way through the layer; 0 where a single token is
     multiplied as fast by the dense matrix (rows, columns), which it is then better left as, unless it is
-    `packed_anyway`.
+    `packed_anyway`. Of a model that will run `compiled`, a GPU's time counts, and Python's does not.
 
     What was measured for one matrix holds for others of its shape: where it paid it does at higher sparsities, where it
     did not it does not at lower ones.
     """
     packed = layer.packed
-    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads(), packed_anyway)
+    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads(), packed_anyway, compiled)
     sparsity, known = round(packed.sparsity / STEP), _known.setdefault(key, {})
     if lower := [(at, most) for at, most in known.items() if at <= sparsity and most]:
         return max(lower)[1]
     if any(at >= sparsity and not most for at, most in known.items()):
         return NONE_AT_ONCE
-    known[sparsity] = _measured(layer, weight, packed_anyway)
+    known[sparsity] = _measured(layer, weight, packed_anyway, compiled)
     return known[sparsity]
 
 
-def pays(make: Callable[[], nn.Module], size: int, weight: Tensor) -> bool:
+def pays(make: Callable[[], nn.Module], size: int, weight: Tensor, *, compiled: bool = False) -> bool:
     """Whether a layer of `size` bytes, which `make()` makes, is faster for one token than the dense matrix (rows,
-    columns); measured once for each shape.
+    columns), in a model that will run `compiled` or not; measured once for each shape.
     """
-    key = (*weight.shape, weight.dtype, weight.device, torch.get_num_threads())
+    key = (*weight.shape, weight.dtype, weight.device, torch.get_num_threads(), compiled)
     if key not in _pays:
-        _pays[key] = _faster(cold_copies(make, size), weight)
+        _pays[key] = _faster(cold_copies(make, size), weight, compiled)
     return _pays[key]
 
 
 @torch.no_grad()
-def _faster(layers: list[nn.Module], weight: Tensor) -> bool:
+def _faster(layers: list[nn.Module], weight: Tensor, compiled: bool) -> bool:
     x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     dense = [lambda w=w: F.linear(x, w, layers[0].bias) for w in cold_copies(weight.clone, weight.nbytes)]
-    fastest, own = _alternating(dense, [lambda own=own: own(x) for own in layers])
+    own = [lambda layer=layer: layer(x) for layer in layers]
+    if compiled and weight.is_cuda:
+        graphs = [captured(lambda calls=calls: [call() for call in calls], weight.device) for calls in (dense, own)]
+        seconds = _alternating(*([graph] for graph in graphs))
+        fastest, own = (s / len(calls) for s, calls in zip(seconds, (dense, own), strict=True))
+    else:
+        fastest, own = _alternating(dense, own)
     return own <= MARGIN * fastest
 
 
 @torch.no_grad()
-def _measured(layer: SparseLinear, weight: Tensor, packed_anyway: bool) -> int:
+def _measured(layer: SparseLinear, weight: Tensor, packed_anyway: bool, compiled: bool) -> int:
     layers = cold_copies(layer.copy, layer.packed.bytes)
-    if not packed_anyway and not _faster(layers, weight):
+    if not packed_anyway and not _faster(layers, weight, compiled):
         return NONE_AT_ONCE
     x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
     most = 1

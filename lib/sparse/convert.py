@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def sparse_model(
     device: str = "auto",
     dtype: str = "auto",
     threshold: float | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
     """The transformers model, ready to generate, with every prunable matrix that is worth it held without its zeros.
 
@@ -36,6 +38,8 @@ def sparse_model(
     dtype      likewise; auto: bfloat16 where the checkpoint is, float32 for others on the CPU, as main.py on cuda
     threshold  the sparsity from which a matrix is packed; None: where its product is faster for it on this machine,
                which is measured
+    compiled   whether it will run compiled, as `generate` does it on cuda with a static cache: what launching takes
+               from Python does not count then
 
     Raises RunError where a model cannot be loaded. What stays dense, and why, is said in the log.
     """
@@ -49,18 +53,18 @@ def sparse_model(
                 return model  # as it was made before
             model = LanguageModel(model)
         account = _Account()
-        _convert(model, threshold, account)
+        _convert(model, functools.partial(_converted, threshold=threshold, compiled=compiled, account=account))
     account.report(model)
     return model.model
 
 
-def _convert(model: LanguageModel, threshold: float | None, account: "_Account") -> None:
-    """Replace the layers, block by block."""
+def _convert(model: LanguageModel, converted: Callable[[Matrix], nn.Module | None]) -> None:
+    """Replace the layers, block by block, by what each is `converted` to, unless that is None."""
     pending: dict[Matrix, nn.Module] = {}
     for index in range(len(model.block_names)):
         with model.resident_block(index):
             for matrix in model.matrices_of(index):
-                if layer := _converted(matrix, threshold, account):
+                if layer := converted(matrix):
                     pending[matrix] = layer
             packed = {id(matrix.stored) for matrix in pending}
             model.keep_resident([name for name, value in model.block_state(index).items() if id(value) not in packed])
@@ -114,7 +118,7 @@ class _Account:
             log.info("%d stay dense, %s: %s", len(names), why, ", ".join(kinds))
 
 
-def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn.Module | None:
+def _converted(matrix: Matrix, *, threshold: float | None, compiled: bool, account: _Account) -> nn.Module | None:
     """What takes the place of the matrix's module; None where it stays, which is put down."""
     weight, module = matrix.weight, matrix.module
     zeros = weight.numel() - int(weight.count_nonzero())
@@ -128,13 +132,14 @@ def _converted(matrix: Matrix, threshold: float | None, account: _Account) -> nn
         return account.dense["as their layers do more than multiply"].append(matrix.name)
     as_two_of_four = functools.partial(cuda.semi_structured, module, weight)
     after = weight.nbytes * 9 // 16
-    if cuda.is_two_of_four(weight) and (threshold is not None or pays(as_two_of_four, after, weight)):
+    wanted = threshold is not None
+    if cuda.is_two_of_four(weight) and (wanted or pays(as_two_of_four, after, weight, compiled=compiled)):
         layer = as_two_of_four()
     else:
         layer = SparseLinear(
             pack_for_device(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed
         )
-        layer.max_tokens = most_tokens(layer, weight, packed_anyway=threshold is not None)
+        layer.max_tokens = most_tokens(layer, weight, packed_anyway=wanted, compiled=compiled)
         if not layer.max_tokens:
             return account.dense["as fast with their zeros"].append(matrix.name)
         after = layer.packed.bytes
