@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..graphs import captured
-from .linear import SparseLinear, multiply
+from .format import storage_kind
+from .linear import SparseLinear, forms_for, multiply
 
 MIN_SPARSITY = 0.3  # the sparsity below which nothing is tried: little memory is saved, and no time
 MARGIN = 0.97  # of the dense product's time
@@ -20,27 +21,40 @@ STEP = 0.05  # of sparsities that are told apart
 FEWEST_TURNS, MOST_TURNS, CLEARLY = 6, 24, 1.2  # of a comparison
 MOST_COPIES = 256
 
-_known: dict[tuple, dict[float, int]] = {}  # shape, machine, what was asked -> sparsity in steps -> tokens at once
+# Shape, machine and what was asked -> sparsity in steps -> form, tokens at once.
+_known: dict[tuple, dict[int, tuple[type, int]]] = {}
 _pays: dict[tuple, bool] = {}  # shape and machine -> whether 2:4 does
 
 
-def most_tokens(layer: SparseLinear, weight: Tensor, *, packed_anyway: bool = False, compiled: bool = False) -> int:
-    """The most tokens at once for which the kernel is the fastest way through the layer; 0 where a single token is
-    multiplied as fast by the dense matrix (rows, columns), which it is then better left as, unless it is
-    `packed_anyway`. Of a model that will run `compiled`, a GPU's time counts, and Python's does not.
+def fastest(
+    make: Callable[[type], SparseLinear], weight: Tensor, *, packed_anyway: bool = False, compiled: bool = False
+) -> SparseLinear | None:
+    """What multiplies one token by a matrix (rows, columns) fastest: `make(form)` of a form that its device has; None
+    where the dense matrix is as fast, which it is then better left as, unless it is `packed_anyway`. The layer's
+    max_tokens are the most tokens at once for which its kernel is the fastest way through it. Of a model that will run
+    `compiled`, a GPU's time counts, and Python's does not.
 
-    What was measured for one matrix holds for others of its shape: where it paid it does at higher sparsities, where it
-    did not it does not at lower ones.
+    What was measured for one matrix holds for others of its shape: where the form for many zeros paid it does at higher
+    sparsities, where none did none does at lower ones.
     """
-    packed = layer.packed
-    key = (*weight.shape, weight.dtype, packed.kind, weight.device, torch.get_num_threads(), packed_anyway, compiled)
-    sparsity, known = round(packed.sparsity / STEP), _known.setdefault(key, {})
-    if lower := [(at, most) for at, most in known.items() if at <= sparsity and most]:
-        return max(lower)[1]
-    if any(at >= sparsity and not most for at, most in known.items()):
-        return NONE_AT_ONCE
-    known[sparsity] = _measured(layer, weight, packed_anyway, compiled)
-    return known[sparsity]
+    machine = weight.device, torch.get_num_threads()
+    key = (*weight.shape, weight.dtype, storage_kind(weight), *machine, packed_anyway, compiled)
+    step = round((1 - int(weight.count_nonzero()) / max(1, weight.numel())) / STEP)
+    known, last = _known.setdefault(key, {}), forms_for(weight)[-1]
+    if step not in known:
+        lower = [at for at, (form, most) in known.items() if at < step and most and form is last]
+        higher = [at for at, (_, most) in known.items() if at > step and not most]
+        if lower or higher:
+            known[step] = known[max(lower) if lower else min(higher)]
+        else:
+            layer, most = _measured(make, weight, packed_anyway, compiled)
+            known[step] = type(layer.packed), most
+    form, most = known[step]
+    if not most:
+        return None
+    layer = make(form)
+    layer.max_tokens = most
+    return layer
 
 
 def pays(make: Callable[[], nn.Module], size: int, weight: Tensor, *, compiled: bool = False) -> bool:
@@ -68,11 +82,18 @@ def _faster(layers: list[nn.Module], weight: Tensor, compiled: bool) -> bool:
 
 
 @torch.no_grad()
-def _measured(layer: SparseLinear, weight: Tensor, packed_anyway: bool, compiled: bool) -> int:
-    layers = cold_copies(layer.copy, layer.packed.bytes)
+def _measured(
+    make: Callable[[type], SparseLinear], weight: Tensor, packed_anyway: bool, compiled: bool
+) -> tuple[SparseLinear, int]:
+    """The fastest layer, and for how many tokens at once."""
+    layers, x = [], torch.ones(max(TOKENS), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    for layer in map(make, forms_for(weight)):
+        others = cold_copies(layer.copy, layer.packed.bytes)
+        calls = [[lambda own=own: own(x[:1]) for own in each] for each in (layers, others)]
+        if not layers or operator.gt(*_alternating(*calls)):
+            layers = others
     if not packed_anyway and not _faster(layers, weight, compiled):
-        return NONE_AT_ONCE
-    x = torch.ones(max(TOKENS), layer.in_features, dtype=weight.dtype, device=weight.device)
+        return layers[0], NONE_AT_ONCE
     most = 1
     for tokens in TOKENS:
         some, packed = x[:tokens], [own.packed for own in layers]
@@ -80,7 +101,7 @@ def _measured(layer: SparseLinear, weight: Tensor, packed_anyway: bool, compiled
         if operator.gt(*_alternating(kernel, unpacked)):
             break
         most = tokens
-    return most
+    return layers[0], most
 
 
 def cold_copies(make: Callable, size: int) -> list:

@@ -16,8 +16,8 @@ from ..load import Source, choose_device, choose_dtype, find_source, load_config
 from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
-from .choice import MIN_SPARSITY, most_tokens, pays
-from .linear import SparseLinear, pack_for_device
+from .choice import MIN_SPARSITY, fastest, pays
+from .linear import PACK, SparseLinear
 
 log = logging.getLogger(__name__)
 
@@ -136,11 +136,12 @@ def _converted(matrix: Matrix, *, threshold: float | None, compiled: bool, accou
     if cuda.is_two_of_four(weight) and (wanted or pays(as_two_of_four, after, weight, compiled=compiled)):
         layer = as_two_of_four()
     else:
-        layer = SparseLinear(
-            pack_for_device(weight), getattr(module, "bias", None), weight.dtype, transposed=matrix.transposed
-        )
-        layer.max_tokens = most_tokens(layer, weight, packed_anyway=wanted, compiled=compiled)
-        if not layer.max_tokens:
+        bias, transposed = getattr(module, "bias", None), matrix.transposed
+        layer = fastest(
+            lambda form: SparseLinear(PACK[form](weight), bias, weight.dtype, transposed=transposed), weight,
+            packed_anyway=wanted, compiled=compiled,
+        )  # fmt: skip
+        if layer is None:
             return account.dense["as fast with their zeros"].append(matrix.name)
         after = layer.packed.bytes
     account.packed += 1

@@ -1,4 +1,4 @@
-"""Products with packed matrices on the CPU."""
+"""Products with packed matrices on the CPU, by masks or by columns."""
 
 import ctypes
 import functools
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels, threads
 from .format import WORD, Packed
+from .indexed import Indexed
 
 STRIP = 1 << 20  # weights of a matrix that are unpacked at a time, to stay in the caches
 AT_ONCE = 8  # most tokens that share a pass over a row: as many as there are registers for
@@ -38,8 +39,17 @@ def _fastest(kind: torch.dtype, has: frozenset[str]) -> kernels.Variant:
     return next(v for v in kernels.VARIANTS if kind in v.kinds and v.needs <= has)
 
 
-def multiply(packed: Packed, x: Tensor) -> Tensor:
-    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32."""
+def multiply(packed: Packed | Indexed, x: Tensor) -> Tensor:
+    """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32.
+
+    What an Indexed matrix leaves out is not multiplied: an infinity reaches the outputs that have a weight for it.
+    """
+    if isinstance(packed, Indexed):
+        tokens, (x, at_once) = x.shape[0], _padded(x.float(), packed.columns)
+        out = torch.empty(x.shape[0], packed.rows)
+        function = kernels.compiled_indexed_product(packed.kind, packed.blocks.itemsize, at_once)
+        _run(function, packed, packed.rows, out, x)
+        return out[:tokens]
     variant, tokens = variant_for(packed.kind), x.shape[0]
     split = variant.reads == torch.bfloat16 and x.dtype != torch.bfloat16
     if split:  # in two parts of 8 bits each
@@ -55,10 +65,12 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
     return out if out.shape[0] == tokens else out[:tokens]
 
 
-def product(packed: Packed, x: Tensor) -> Tensor:
+def product(packed: Packed | Indexed, x: Tensor) -> Tensor:
     """The same for many tokens, in the dtype of x: strips of the matrix are unpacked, and multiplied as any are."""
-    function = kernels.compiled_unpacking(variant_for(packed.kind), packed.kind)
-    width = packed.words * WORD
+    if isinstance(packed, Indexed):
+        function, width = kernels.compiled_indexed_unpacking(packed.blocks.itemsize), packed.columns
+    else:
+        function, width = kernels.compiled_unpacking(variant_for(packed.kind), packed.kind), packed.words * WORD
     strip = max(1, min(packed.rows, STRIP // max(1, width)))
     unpacked, parts = _buffer(packed.kind, strip * width), []
     weights = unpacked if x.dtype == packed.kind else _buffer(x.dtype, strip * width)
@@ -86,11 +98,15 @@ def _buffer(dtype: torch.dtype, numbers: int) -> Tensor:
     return found
 
 
-def _run(function, packed: Packed, rows: int, out: Tensor, x: Tensor | None = None, first: int = 0) -> None:
+def _run(function, packed: Packed | Indexed, rows: int, out: Tensor, x: Tensor | None = None, first: int = 0) -> None:
+    if isinstance(packed, Indexed):
+        width, where, table = packed.columns, packed.places.data_ptr(), packed.blocks.data_ptr()
+    else:
+        width, where, table = packed.words, packed.masks.data_ptr(), _TABLE.ctypes.data
     chunk = max(2, rows // (CHUNKS * torch.get_num_threads()))
     tokens, x_address, x_bytes = (0, 0, 0) if x is None else (x.shape[0], x.data_ptr(), x.stride(0) * x.itemsize)
     job = _Job(
-        0, rows, chunk, packed.words, tokens, packed.masks.data_ptr(), packed.values.data_ptr(),
-        packed.offsets.data_ptr(), x_address, out.data_ptr(), _TABLE.ctypes.data, first, x_bytes,
+        0, rows, chunk, width, tokens, where, packed.values.data_ptr(), packed.offsets.data_ptr(), x_address,
+        out.data_ptr(), table, first, x_bytes,
     )  # fmt: skip
     threads.run(function.address, ctypes.addressof(job))

@@ -1,4 +1,4 @@
-"""A matrix as its non-zero weights, each with its column: what a GPU multiplies by."""
+"""A matrix as its non-zero weights, each with its column: what a GPU multiplies by, and a CPU where few are left."""
 
 from dataclasses import dataclass
 
@@ -65,18 +65,18 @@ def pack_indexed(weight: Tensor) -> Indexed:
 
 def _packed(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
     """values, places and blocks of some rows, and the quads of each row."""
-    rows, columns = weight.shape
+    (rows, columns), device = weight.shape, weight.device
     count = -(-columns // BLOCK)
-    mask = torch.nn.functional.pad(weight != 0, (0, count * BLOCK - columns)).view(rows, count, BLOCK)
-    quads = (mask.sum(2) + QUAD - 1) // QUAD  # (rows, blocks)
-    begins = quads.flatten().cumsum(0).view_as(quads) - quads
-    row, block, place = mask.nonzero(as_tuple=True)
-    within = mask.cumsum(2, dtype=torch.int16)[row, block, place] - 1
-    at = begins[row, block] * QUAD + within
-    values = torch.zeros(int(quads.sum()), QUAD, dtype=torch.int16, device=weight.device)
+    weight = torch.nn.functional.pad(weight, (0, count * BLOCK - columns)).view(rows, count, BLOCK)
+    mask = weight != 0
+    weights = mask.sum(2).flatten()  # (rows * blocks), as are the next two
+    quads = (weights + QUAD - 1) // QUAD
+    filled = QUAD * (quads.cumsum(0) - quads) - (weights.cumsum(0) - weights)  # so far
+    found = weight[mask].to(kind).view(torch.int16)
+    at = torch.arange(len(found), device=device) + filled.repeat_interleave(weights, output_size=len(found))
+    values = torch.zeros(int(quads.sum()), QUAD, dtype=torch.int16, device=device)
     places = torch.zeros_like(values, dtype=torch.uint8)
-    values.view(-1)[at] = weight[row, block * BLOCK + place].to(kind).view(torch.int16)
-    places.view(-1)[at] = place.to(torch.uint8)
-    of_rows = torch.arange(count, device=weight.device).repeat(rows)
-    blocks = of_rows.repeat_interleave(quads.flatten(), output_size=len(values))
-    return values, places, blocks.to(torch.uint8 if count <= 256 else torch.int32), quads.sum(1)
+    values.view(-1)[at] = found
+    places.view(-1)[at] = torch.arange(BLOCK, device=device).to(torch.uint8).expand_as(mask)[mask]
+    blocks = torch.arange(count, device=device).to(torch.uint8 if count <= 256 else torch.int32).repeat(rows)
+    return values, places, blocks.repeat_interleave(quads, output_size=len(values)), quads.view(rows, count).sum(1)

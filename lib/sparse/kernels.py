@@ -1,7 +1,7 @@
 """The CPU's inner loops, by what instructions there are: two rows times vectors, and one row unpacked.
 
-All take addresses. Absent weights are multiplied as zeros, so that NaN and infinity in the vector do what they do in a
-dense product.
+All take addresses. By masks, absent weights are multiplied as zeros, so that NaN and infinity in the vector do what
+they do in a dense product; by columns they are left out.
 """
 
 import functools
@@ -14,6 +14,7 @@ from numba import cfunc, njit, types
 
 from . import vectors
 from .format import KINDS
+from .indexed import BLOCK, QUAD
 from .vectors import load_byte, load_half_word, load_long, load_mask, ones, store_half_word, take
 
 AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -160,6 +161,7 @@ VARIANTS = (  # the fastest first
 
 # What a job is made of: int64 each, addresses and counts.
 NEXT, ROWS, CHUNK, WORDS, TOKENS, MASKS, VALUES, OFFSETS, X, OUT, TABLE, FIRST, X_BYTES, FIELDS = range(14)
+COLUMNS, PLACES, BLOCKS = WORDS, MASKS, TABLE  # of a matrix that is Indexed
 _JOB = types.void(types.int64)
 
 
@@ -213,6 +215,68 @@ def compiled_unpacking(variant: Variant, kind: torch.dtype):
                 unpack(own, mask, out + 64 * words * i, words, table)
 
     return expand
+
+
+@functools.cache
+def compiled_indexed_product(kind: torch.dtype, block_bytes: int, at_once: int):
+    """As `compiled_product`, of a matrix that is Indexed; x is float32."""
+    lanes, sums, load_block = vectors.of(QUAD), vectors.of_quads(at_once), _load_block(block_bytes)
+    zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
+
+    @cfunc(_JOB)
+    def multiply(job):
+        rows, chunk, tokens = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * TOKENS)
+        values, places, blocks = load_long(job + 8 * VALUES), load_long(job + 8 * PLACES), load_long(job + 8 * BLOCKS)
+        offsets, x_bytes = load_long(job + 8 * OFFSETS), load_long(job + 8 * X_BYTES)
+        x, out = load_long(job + 8 * X), load_long(job + 8 * OUT)
+        while True:
+            begin = take(job + 8 * NEXT, chunk)
+            if begin >= rows:
+                break
+            for i in range(begin, min(begin + chunk, rows)):
+                first, last = types.int64(load_mask(offsets + 4 * i)), types.int64(load_mask(offsets + 4 * i + 4))
+                for token in range(0, tokens, at_once):
+                    row, at = zero(), x + token * x_bytes
+                    for quad in range(first, last):
+                        weights = widen(load_values(values + 2 * QUAD * quad))
+                        block = at + 4 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
+                        row = add(row, weights, places + QUAD * quad, block, x_bytes)
+                    store(row, out + 4 * token * rows + 4 * i, 4 * rows)
+
+    return multiply
+
+
+@functools.cache
+def compiled_indexed_unpacking(block_bytes: int):
+    """As `compiled_unpacking`, into out (ROWS, COLUMNS)."""
+    load_block = _load_block(block_bytes)
+
+    @cfunc(_JOB)
+    def expand(job):
+        rows, chunk, columns = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * COLUMNS)
+        values, places, blocks = load_long(job + 8 * VALUES), load_long(job + 8 * PLACES), load_long(job + 8 * BLOCKS)
+        offsets, first, out = load_long(job + 8 * OFFSETS), load_long(job + 8 * FIRST), load_long(job + 8 * OUT)
+        while True:
+            begin = take(job + 8 * NEXT, chunk)
+            if begin >= rows:
+                break
+            for i in range(begin, min(begin + chunk, rows)):
+                to, row = out + 2 * columns * i, offsets + 4 * (first + i)
+                for column in range(columns):
+                    store_half_word(to + 2 * column, numpy.uint16(0))
+                for quad in range(types.int64(load_mask(row)), types.int64(load_mask(row + 4))):
+                    block = to + 2 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
+                    for lane in range(QUAD * quad, QUAD * quad + QUAD):
+                        value = load_half_word(values + 2 * lane)
+                        if value:  # what fills a quad has a place that may be another's
+                            store_half_word(block + 2 * types.int64(load_byte(places + lane)), value)
+
+    return expand
+
+
+def _load_block(size: int) -> Callable:
+    """What reads a block's number of so many bytes."""
+    return load_byte if size == 1 else load_mask
 
 
 def shuffles() -> numpy.ndarray:

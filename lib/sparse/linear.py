@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .format import Packed, pack
 from .indexed import Indexed, pack_indexed
 
-TENSORS = {form: [f.name for f in fields(form) if f.type is Tensor] for form in (Packed, Indexed)}
+PACK = {Packed: pack, Indexed: pack_indexed}
+TENSORS = {form: [f.name for f in fields(form) if f.type is Tensor] for form in PACK}
 
 
 class SparseLinear(nn.Module):
@@ -67,13 +68,13 @@ class SparseLinear(nn.Module):
 
     def write(self, weight: Tensor) -> None:
         """Pack other values, given as `weight` has them."""
-        self._hold(pack_for_device(weight.T if self.transposed else weight))
+        self._hold(PACK[self._form](weight.T if self.transposed else weight))
 
     def _apply(self, fn, recurse=True):
-        """Moved to another kind of device, it is packed as is right there."""
+        """Moved to where it cannot be multiplied as it is packed, it is packed as is right there."""
         before = self.offsets.device
         super()._apply(fn, recurse)
-        if self._form is not _form(self.offsets) and not self.offsets.is_meta:
+        if self._form not in forms_for(self.offsets) and not self.offsets.is_meta:
             if before.type == "cuda":
                 torch.cuda.synchronize(before)  # a copy to the host may not wait to be there
             self._hold(pack_for_device(self.packed.dense()))
@@ -122,23 +123,23 @@ class _Shown(Tensor):
         return result
 
 
-def _form(tensor: Tensor) -> type:
-    """What matrices are packed as on its device: an instance multiplies there."""
-    return Indexed if tensor.is_cuda else Packed
+def forms_for(tensor: Tensor) -> tuple[type, ...]:
+    """What its device multiplies by, with few zeros and with many."""
+    return (Indexed,) if tensor.is_cuda else (Packed, Indexed)
 
 
 def pack_for_device(weight: Tensor) -> Packed | Indexed:
     """A matrix (rows, columns) without its zeros, as its device multiplies by it."""
-    return pack_indexed(weight) if _form(weight) is Indexed else pack(weight)
+    return PACK[forms_for(weight)[0]](weight)
 
 
 def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
     from . import cpu, cuda  # numba takes a second to import, and packing does without
 
-    if not isinstance(packed, _form(x)):  # some libraries move a module's tensors one by one
+    if not isinstance(packed, forms_for(x)):  # some libraries move a module's tensors one by one
         return cuda.product(packed, x)
-    backend = cuda if isinstance(packed, Indexed) else cpu
+    backend = cuda if x.is_cuda else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
 
 

@@ -134,12 +134,7 @@ def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNa
                                         add(builder, sum, weights, address) is how one of them is formed
     store(sums, out, out_bytes)         the total over the lanes for each token
     """
-    sums = Sums(tokens, lanes)
-    each, number = sums.llvm.element, ir.Constant(FLOAT, 0.0)
-
-    @operation(sums)
-    def zero(_builder):
-        return ir.Constant(sums.llvm, [filled(each, 0.0)] * tokens)
+    sums, zero, store = _totals(tokens, lanes)
 
     @operation(sums, sums, weights, ADDRESS, types.int64)
     def add_row(builder, row, weight, x, x_bytes):
@@ -147,6 +142,18 @@ def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNa
             row = builder.insert_value(row, add(builder, builder.extract_value(row, token), weight, x), token)
             x = builder.add(x, x_bytes)
         return row
+
+    return SimpleNamespace(zero=zero, add=add_row, store=store)
+
+
+def _totals(tokens: int, lanes: int) -> tuple[Sums, Callable, Callable]:
+    """The type of such sums, and how they begin and end."""
+    sums = Sums(tokens, lanes)
+    each, number = sums.llvm.element, ir.Constant(FLOAT, 0.0)
+
+    @operation(sums)
+    def zero(_builder):
+        return ir.Constant(sums.llvm, [filled(each, 0.0)] * tokens)
 
     @operation(types.void, sums, ADDRESS, types.int64)
     def store(builder, row, out, out_bytes):
@@ -157,7 +164,7 @@ def sums_of(tokens: int, lanes: int, weights: Vector, add: Callable) -> SimpleNa
             out = builder.add(out, out_bytes)
         return NOTHING
 
-    return SimpleNamespace(zero=zero, add=add_row, store=store)
+    return sums, zero, store
 
 
 def of_floats(tokens: int, lanes: int) -> SimpleNamespace:
@@ -178,6 +185,31 @@ def of_bfloat16(tokens: int) -> SimpleNamespace:
         return call(builder, name, total.type, total, builder.bitcast(weight, pairs), load(builder, x, pairs))
 
     return sums_of(tokens, 16, Vector(32, HALF_WORD), add)
+
+
+def of_quads(tokens: int) -> SimpleNamespace:
+    """Sums of products of four float32 weights with numbers that lie anywhere within 256.
+
+    add(sums, weights, places, x, x_bytes)  with the numbers that the four bytes at `places` say
+    """
+    floats, (sums, zero, store) = ir.VectorType(FLOAT, 4), _totals(tokens, 4)
+
+    @operation(sums, sums, Vector(4, FLOAT), ADDRESS, ADDRESS, types.int64)
+    def add(builder, row, weight, places, x, x_bytes):
+        places, offsets = load(builder, places, WORD), []
+        for lane in range(4):
+            place = builder.and_(builder.lshr(places, WORD(8 * lane)), WORD(255))
+            offsets.append(builder.shl(builder.zext(place, LONG), LONG(2)))
+        for token in range(tokens):
+            numbers = filled(floats, 0.0)
+            for lane, offset in enumerate(offsets):
+                numbers = builder.insert_element(numbers, load(builder, builder.add(x, offset), FLOAT), WORD(lane))
+            own = builder.extract_value(row, token)
+            own = call(builder, "llvm.fmuladd.v4f32", floats, weight, numbers, own)
+            row, x = builder.insert_value(row, own, token), builder.add(x, x_bytes)
+        return row
+
+    return SimpleNamespace(zero=zero, add=add, store=store)
 
 
 def of(count: int) -> SimpleNamespace:

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from lib.sparse import SparseLinear, cpu, kernels, pack
-from lib.sparse.choice import TOKENS, cold_copies, most_tokens
+from lib.sparse import SparseLinear, cpu, kernels
+from lib.sparse.choice import TOKENS, cold_copies, fastest
 from lib.sparse.format import bytes_per_weight
+from lib.sparse.linear import PACK
 
 SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096", "11008x4096", "4096x11008")
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "0.9", "2:4")
@@ -59,9 +60,8 @@ def random_matrix(rows: int, columns: int, sparsity: str) -> torch.Tensor:
 
 def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]], int]:
     """Each method as calls that take turns with its copies of the matrix; the most tokens that the kernel is given."""
-    x, packed = torch.randn(batch, weight.shape[1]).bfloat16(), pack(weight)
-    layer = SparseLinear(packed, None, torch.bfloat16)
-    layer.max_tokens = most_tokens(layer, weight) or 1
+    x = torch.randn(batch, weight.shape[1]).bfloat16()
+    layer = fastest(lambda form: SparseLinear(PACK[form](weight), None, torch.bfloat16), weight, packed_anyway=True)
     as_float, plain = x.float(), weight.float()
     csr = plain.to_sparse_csr()
     size = sum(part.nbytes for part in (csr.crow_indices(), csr.col_indices(), csr.values()))
@@ -69,7 +69,7 @@ def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]]
         "float32": [lambda w=w: F.linear(as_float, w) for w in cold_copies(plain.clone, plain.nbytes)],
         "bfloat16": [lambda w=w: F.linear(x, w) for w in cold_copies(weight.clone, weight.nbytes)],
         "csr": [lambda w=w: w @ as_float.T for w in cold_copies(csr.clone, size)],
-        "packed": [lambda own=own: own(x) for own in cold_copies(layer.copy, packed.bytes)],
+        "packed": [lambda own=own: own(x) for own in cold_copies(layer.copy, layer.packed.bytes)],
     }, layer.max_tokens
 
 
