@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -24,41 +23,24 @@ AT_ONCE = 16_384  # tokens of the windows that are sampled together
 def own_text(
     model: LanguageModel, count: int, *, seqlen: int, seed: int = 0, add_bos: str = "once", known: Tensor | None = None
 ) -> Tensor:
-    """`count` windows of `seqlen` tokens, each sampled from the model at temperature 1; (count, seqlen), int64.
+    """At least `count` windows of `seqlen` tokens, each sampled from the model at temperature 1; (n, seqlen), int64.
 
     A window begins as the tokenizer begins a text, with BOS where `add_bos` is "every"; where that is nothing, with a
     token drawn from the vocabulary. What follows the end of a text is the model's own as well. The windows are the
-    first of a series that depends on the model, the seed and the other settings alone (but for rounding, which differs
-    with how many are written together): `known` are those that are there already. Ranks share the work. Raises
-    RunError for a model that cannot generate.
+    first of a series that depends on the model, the seed and the other settings alone: `known` are those that are
+    there already. Ranks share the work. Raises RunError for a model that cannot generate.
     """
-    known = torch.empty(0, seqlen, dtype=torch.int64) if known is None else known[:count]
-    each, missing = max(1, AT_ONCE // seqlen), range(len(known), count)
-    batches = range(missing.start // each, -(-missing.stop // each) if missing else 0)
+    each, known = max(1, AT_ONCE // seqlen), torch.empty(0, seqlen, dtype=torch.int64) if known is None else known
+    known = known[: len(known) // each * each]
+    batches = range(len(known) // each, -(-count // each))
     prefix = _prefix(model, add_bos)[: seqlen - 1]
     with _plain_generation(model):
         share = [
-            (batch, _sampled(model, prefix, _Batch(seed, batch, each, missing), seqlen))
+            (batch, _sampled(model, prefix, each, seqlen, f"{seed} {batch}"))
             for batch in progress(batches[ranks.rank() :: ranks.world_size()], "the model's own text", "batch")
         ]
     written = dict(pair for pairs in ranks.all_gather(share) for pair in pairs)
     return torch.cat([known, *(written[batch] for batch in batches)])
-
-
-class _Batch:
-    """Windows of the series that are written together, as far as they are missing. Whichever they are, a random number
-    is drawn for each of the batch.
-    """
-
-    def __init__(self, seed: int, batch: int, each: int, missing: range):
-        self._each, first = each, batch * each
-        self._part = slice(max(0, missing.start - first), min(each, missing.stop - first))
-        self.size = self._part.stop - self._part.start
-        self.seed = int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "big", signed=True)
-
-    def drawn(self, function: Callable[..., Tensor], *arguments, **options) -> Tensor:
-        """(windows, 1) of `function(*arguments, (n, 1), **options)`, as torch.rand and its like take a size."""
-        return function(*arguments, (self._each, 1), **options)[self._part]
 
 
 def _prefix(model: LanguageModel, add_bos: str) -> list[int]:
@@ -72,19 +54,18 @@ def _prefix(model: LanguageModel, add_bos: str) -> list[int]:
     return [bos]
 
 
-def _sampled(model: LanguageModel, prefix: list[int], batch: _Batch, seqlen: int) -> Tensor:
-    """(windows, seqlen), on the host."""
+def _sampled(model: LanguageModel, prefix: list[int], count: int, seqlen: int, seed: str) -> Tensor:
+    """(count, seqlen), on the host."""
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big", signed=True)
     with torch.random.fork_rng([device for device in model.devices if device.type == "cuda"]):
-        torch.manual_seed(batch.seed)
-        if prefix:
-            begun = torch.tensor(prefix, device=model.device).expand(batch.size, -1)
-        else:
-            begun = batch.drawn(torch.randint, _vocabulary(model)).to(model.device)
+        torch.manual_seed(number)
+        begun = torch.tensor(prefix).expand(count, -1) if prefix else torch.randint(_vocabulary(model), (count, 1))
+        begun = begun.to(model.device)
         try:
             with torch.no_grad():
                 found = model.model.generate(
                     begun, attention_mask=torch.ones_like(begun), max_new_tokens=seqlen - begun.shape[1],
-                    logits_processor=[_Draw(batch)],
+                    logits_processor=[_Draw()],
                 )  # fmt: skip
         except torch.OutOfMemoryError:
             raise
@@ -92,7 +73,7 @@ def _sampled(model: LanguageModel, prefix: list[int], batch: _Batch, seqlen: int
             raise RunError(
                 f"{type(model.model).__name__} cannot sample a text ({reason_of(error)}); {WITHOUT}"
             ) from error
-    if found.shape != (batch.size, seqlen):
+    if found.shape != (count, seqlen):
         raise RunError(
             f"{type(model.model).__name__} gives {found.shape[1]} tokens where {seqlen} were asked for; {WITHOUT}"
         )
@@ -106,14 +87,11 @@ class _Draw(LogitsProcessor):
     own sampling, takes one for each token of the vocabulary. Raises ValueError for logits without a distribution.
     """
 
-    def __init__(self, batch: _Batch):
-        self._batch = batch
-
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         sums = scores.softmax(-1, dtype=torch.float32).cumsum(-1, dtype=torch.float64)
         if not sums[:, -1].isfinite().all():
             raise ValueError("its logits hold NaN or infinity")
-        below = self._batch.drawn(torch.rand, dtype=torch.float64, device=sums.device) * sums[:, -1:]
+        below = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
         drawn = torch.searchsorted(sums, below, right=True).clamp(max=sums.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 

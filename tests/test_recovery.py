@@ -31,13 +31,13 @@ def test_blocks_come_closer_and_zeros_stay(architecture):
 
         def error(step=step) -> float:
             with torch.no_grad():
-                outputs = [step.stream.output(step.block, batch) for batch in range(len(step.stream))]
+                outputs = [step.blockwise.output(step.block, batch) for batch in range(len(step.blockwise))]
             return sum(
                 float((found - wanted).square().sum()) for found, wanted in zip(outputs, step.dense.hidden, strict=True)
             )
 
         before = error()
-        recovery.recover(step.matrices, lambda b, step=step: step.stream.output(step.block, b), step.dense.hidden, 8)
+        recovery.recover(step.matrices, lambda b, step=step: step.blockwise.output(step.block, b), step.dense.hidden, 8)
         assert error() < 0.97 * before
         assert all(torch.equal(matrix.weight == 0, mask) for matrix, mask in zeros.items())
         now = dict(model.model.named_parameters())

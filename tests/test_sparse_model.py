@@ -381,8 +381,11 @@ def test_compilers_take_the_product_as_it_is(form):
     own = torch.ops.alphapruning.multiply.default
     compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
     for x in (torch.randn(1, 40), torch.randn(2, 3, 40)):
-        torch.testing.assert_close(compiled(x), F.linear(x, weight, torch.ones(8)))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), F.linear(x, weight, torch.ones(8)))
         assert own in seen.pop()
+    tangent = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,))[1], backend="eager")(x)
+    torch.testing.assert_close(tangent, F.linear(x, weight))
     x.requires_grad_()
     compiled(x).sum().backward()
     assert own not in seen.pop()
@@ -396,9 +399,24 @@ def test_a_compiled_model_writes_the_same_text():
     prune(LanguageModel(hf))
     asked = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
     expected = hf.generate(tokens, **asked)
-    sparse = sparse_model(hf, threshold=0.5)
-    sparse.forward = torch.compile(sparse.forward, backend="aot_eager")
+    sparse, seen = sparse_model(hf, threshold=0.5), []
+
+    def backend(graph, _inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    sparse.forward = torch.compile(sparse.forward, backend=backend)
     assert torch.equal(sparse.generate(tokens, **asked), expected)
+    assert torch.ops.alphapruning.multiply.default in seen
+    assert not sparse.generation_config.disable_compile  # transformers would compile it on cuda
+
+
+def test_on_another_device_than_its_tokens():
+    """What is on meta has shapes; else torch says what is wrong."""
+    layer = SparseLinear(pack(sparse_matrix(8, 40, torch.bfloat16)), torch.ones(8), torch.float32)
+    assert layer.to("meta")(torch.ones(2, 40, device="meta")).shape == (2, 8)
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2, 40))
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -71,7 +71,7 @@ def test_only_model_knows_architectures():
         assert not [name for name in names if known.search(name)], path
 
 
-def test_only_the_loop_and_its_stream_call_blocks():
+def test_only_the_loop_and_its_pass_call_blocks():
     for path in FILES:
         if path.name not in ("sequential.py", "blockwise.py", "model.py", "shards.py"):
             assert not re.search(r"blocks\[", path.read_text()), path

@@ -26,19 +26,17 @@ _known: dict[tuple, dict[int, tuple[type, int]]] = {}
 _pays: dict[tuple, bool] = {}  # shape and machine -> whether 2:4 does
 
 
-def fastest(
-    make: Callable[[type], SparseLinear], weight: Tensor, *, packed_anyway: bool = False, compiled: bool = False
-) -> SparseLinear | None:
+def fastest(make: Callable[[type], SparseLinear], weight: Tensor, *, compiled: bool = False) -> SparseLinear | None:
     """What multiplies one token by a matrix (rows, columns) fastest: `make(form)` of a form that its device has; None
-    where the dense matrix is as fast, which it is then better left as, unless it is `packed_anyway`. The layer's
-    max_tokens are the most tokens at once for which its kernel is the fastest way through it. Of a model that will run
-    `compiled`, a GPU's time counts, and Python's does not.
+    where the dense matrix is as fast, which it is then better left as. The layer's max_tokens are the most tokens at
+    once for which its kernel is the fastest way through it. Of a model that will run `compiled`, a GPU's time counts,
+    and Python's does not.
 
     What was measured for one matrix holds for others of its shape: where the form for many zeros paid it does at higher
     sparsities, where none did none does at lower ones.
     """
     machine = weight.device, torch.get_num_threads()
-    key = (*weight.shape, weight.dtype, storage_kind(weight), *machine, packed_anyway, compiled)
+    key = (*weight.shape, weight.dtype, storage_kind(weight), *machine, compiled)
     step = round((1 - int(weight.count_nonzero()) / max(1, weight.numel())) / STEP)
     known, last = _known.setdefault(key, {}), forms_for(weight)[-1]
     if step not in known:
@@ -47,7 +45,7 @@ def fastest(
         if lower or higher:
             known[step] = known[max(lower) if lower else min(higher)]
         else:
-            layer, most = _measured(make, weight, packed_anyway, compiled)
+            layer, most = _measured(make, weight, compiled)
             known[step] = type(layer.packed), most
     form, most = known[step]
     if not most:
@@ -82,9 +80,7 @@ def _faster(layers: list[nn.Module], weight: Tensor, compiled: bool) -> bool:
 
 
 @torch.no_grad()
-def _measured(
-    make: Callable[[type], SparseLinear], weight: Tensor, packed_anyway: bool, compiled: bool
-) -> tuple[SparseLinear, int]:
+def _measured(make: Callable[[type], SparseLinear], weight: Tensor, compiled: bool) -> tuple[SparseLinear, int]:
     """The fastest layer, and for how many tokens at once."""
     layers, x = [], torch.ones(max(TOKENS), weight.shape[1], dtype=weight.dtype, device=weight.device)
     for layer in map(make, forms_for(weight)):
@@ -92,7 +88,7 @@ def _measured(
         calls = [[lambda own=own: own(x[:1]) for own in each] for each in (layers, others)]
         if not layers or operator.gt(*_alternating(*calls)):
             layers = others
-    if not packed_anyway and not _faster(layers, weight, compiled):
+    if not _faster(layers, weight, compiled):
         return layers[0], NONE_AT_ONCE
     most = 1
     for tokens in TOKENS:

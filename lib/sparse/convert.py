@@ -17,7 +17,7 @@ from ..memory import eager_release
 from ..model import LanguageModel, Matrix
 from . import cuda
 from .choice import MIN_SPARSITY, fastest, pays
-from .linear import PACK, SparseLinear
+from .linear import PACK, SparseLinear, forms_for
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def sparse_model(
     device     of one that is loaded
     dtype      likewise; auto: bfloat16 where the checkpoint is, float32 for others on the CPU, as main.py on cuda
     threshold  the sparsity from which a matrix is packed; None: where its product is faster for it on this machine,
-               which is measured
+               which is measured, as is in which form
     compiled   whether it will run compiled, as `generate` does it on cuda with a static cache: what launching takes
                from Python does not count then
 
@@ -54,6 +54,8 @@ def sparse_model(
             model = LanguageModel(model)
         account = _Account()
         _convert(model, functools.partial(_converted, threshold=threshold, compiled=compiled, account=account))
+    if account.two_of_four and (config := getattr(model.model, "generation_config", None)):
+        config.disable_compile = True  # which was never tried with torch's tensors of 2:4
     account.report(model)
     return model.model
 
@@ -96,6 +98,7 @@ class _Account:
     """What became of the matrices; bytes of those that were packed, before and after."""
 
     packed: int = 0
+    two_of_four: int = 0
     before: int = 0
     after: int = 0
     weights: int = 0
@@ -135,12 +138,18 @@ def _converted(matrix: Matrix, *, threshold: float | None, compiled: bool, accou
     wanted = threshold is not None
     if cuda.is_two_of_four(weight) and (wanted or pays(as_two_of_four, after, weight, compiled=compiled)):
         layer = as_two_of_four()
+        account.two_of_four += 1
     else:
         bias, transposed = getattr(module, "bias", None), matrix.transposed
-        layer = fastest(
-            lambda form: SparseLinear(PACK[form](weight), bias, weight.dtype, transposed=transposed), weight,
-            packed_anyway=wanted, compiled=compiled,
-        )  # fmt: skip
+
+        def packed(form: type) -> SparseLinear:
+            return SparseLinear(PACK[form](weight), bias, weight.dtype, transposed=transposed)
+
+        if wanted:
+            layer = packed(forms_for(weight)[0])
+            layer.max_tokens = cuda.AT_ONCE if weight.is_cuda else 1
+        else:
+            layer = fastest(packed, weight, compiled=compiled)
         if layer is None:
             return account.dense["as fast with their zeros"].append(matrix.name)
         after = layer.packed.bytes

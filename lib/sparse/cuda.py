@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .format import Packed
 from .indexed import Indexed
 
+AT_ONCE = 16  # tokens, for which the kernel is faster than unpacking: 0.02 ms each for 0.4 to 0.9 (docs/gpu.md)
+
 
 def is_two_of_four(weight: Tensor) -> bool:
     """Whether torch has semi-structured tensors for such a matrix: on cuda, in 16 bits, at most two of every four

@@ -8,7 +8,7 @@ from torch import Tensor
 from .indexed import BLOCK, QUAD, Indexed
 
 # Quads of a row in one step, two to a lane, and steps in one turn: on an H100 within 7 % of the fastest of fifteen
-# choices for every size and sparsity (docs/gpu.md).
+# choices for both sizes and all three sparsities that were tried (docs/gpu.md).
 QUADS, STEPS = 64, 2
 _BLOCK, _QUAD = tl.constexpr(BLOCK), tl.constexpr(QUAD)
 

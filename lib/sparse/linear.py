@@ -19,7 +19,7 @@ class SparseLinear(nn.Module):
 
     Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked in strips that
     go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, by the whole
-    matrix, unpacked. To a compiler the product is one operation.
+    matrix, unpacked. To a compiler the product is one operation, where no gradients are asked for.
 
     dtype       of the weights to whoever asks for them
     max_tokens  most tokens at once that the kernel is given
@@ -81,10 +81,11 @@ class SparseLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and (compiling or x.requires_grad):  # a compiler may be asked for derivatives later
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling():
+        if compiling:
             found = _multiply(self._parts, rows, self.in_features, self.kind, self.max_tokens)
         else:
             found = multiply(self.packed, rows, self.max_tokens)
@@ -137,7 +138,8 @@ def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
     from . import cpu, cuda  # numba takes a second to import, and packing does without
 
-    if not isinstance(packed, forms_for(x)):  # some libraries move a module's tensors one by one
+    if not isinstance(packed, forms_for(x)) or x.device != packed.offsets.device or x.is_meta:
+        # Some libraries move a module's tensors one by one.
         return cuda.product(packed, x)
     backend = cuda if x.is_cuda else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
