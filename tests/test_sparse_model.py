@@ -27,6 +27,7 @@ from lib import LanguageModel, RunError, save_checkpoint, sparse_model
 from lib.results.checkpoint import compressed_size
 from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, indexed, kernels, pack, threads
 from lib.sparse.indexed import pack_indexed
+from lib.sparse.linear import PACK
 
 HAS = cpu.features()
 CASES = [(variant, kind) for variant in kernels.VARIANTS for kind in variant.kinds]
@@ -437,7 +438,29 @@ def test_what_does_not_pay_stays_dense(faster, monkeypatch, said):
     assert len(found) == (21 if faster else 0)
     assert ("stay dense, as fast with their zeros: model.layers.*" in said.text) == (not faster)
     assert all(layer.max_tokens == 1 for layer in found)  # of several tokens, the second way was the faster
+    assert all(isinstance(layer.packed, indexed.Indexed) for layer in found)  # and of two forms, the second
     assert shapes <= len(measured) <= 2 * 2 * shapes
+
+
+def test_a_form_holds_for_sparser_matrices_where_it_is_the_one_for_many_zeros(monkeypatch):
+    """Masks are the faster at 50 %, columns at 80; measured again at 70, and at 90 no more."""
+    measured = []
+
+    def measured_by(make, weight, _compiled):
+        measured.append(round(float((weight == 0).float().mean()), 1))
+        return make(indexed.Indexed if measured[-1] >= 0.8 else format.Packed), 4
+
+    monkeypatch.setattr(choice, "_measured", measured_by)
+    monkeypatch.setattr(choice, "_known", {})
+    found = []
+    for zeros in (5, 8, 7, 9, 5):
+        weight = torch.ones(4, 10).bfloat16()
+        weight[:, :zeros] = 0
+        layer = choice.fastest(lambda form, w=weight: SparseLinear(PACK[form](w), None, torch.bfloat16), weight)
+        found.append(type(layer.packed))
+        assert layer.max_tokens == 4
+    assert found == [format.Packed, indexed.Indexed, format.Packed, indexed.Indexed, format.Packed]
+    assert measured == [0.5, 0.8, 0.7]
 
 
 @pytest.mark.parametrize(("faster", "threshold", "packed"), [(True, None, 21), (False, None, 0), (False, 0.4, 21)])
