@@ -71,6 +71,17 @@ def said(caplog, monkeypatch):
     return caplog
 
 
+def check_products(packed, weight: torch.Tensor, *given: tuple[int, torch.dtype]) -> None:
+    """By the kernel and unpacked, of so many tokens of a dtype each, against float64."""
+    for tokens, dtype in given:
+        x = torch.randn(tokens, weight.shape[1]).to(dtype)
+        exact = x.double() @ weight.double().T
+        size = float((x.double().abs() @ weight.double().abs().T).max()) + 1e-9
+        assert float((cpu.multiply(packed, x) - exact).abs().max()) < 1e-5 * size
+        rounding = 1e-5 if dtype == torch.float32 else 1e-2
+        assert float((cpu.product(packed, x) - exact).abs().max()) < rounding * size
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (33, 100)], ids=str)
 def test_products(kind, shape, monkeypatch):
     """Of one token and of several, by the kernel and unpacked, whatever their dtype; strips of two rows."""
@@ -78,13 +89,7 @@ def test_products(kind, shape, monkeypatch):
     packed = pack(weight)
     assert torch.equal(packed.dense(), weight)
     monkeypatch.setattr(cpu, "STRIP", 2 * packed.words * 32)
-    for tokens, dtype in ((1, kind), (3, torch.float32)):
-        x = torch.randn(tokens, shape[1]).to(dtype)
-        exact = x.double() @ weight.double().T
-        size = float((x.double().abs() @ weight.double().abs().T).max()) + 1e-9
-        assert float((cpu.multiply(packed, x) - exact).abs().max()) < 1e-5 * size
-        rounding = 1e-5 if dtype == torch.float32 else 1e-2
-        assert float((cpu.product(packed, x) - exact).abs().max()) < rounding * size
+    check_products(packed, weight, (1, kind), (3, torch.float32))
 
 
 @pytest.mark.parametrize("kind", format.KINDS, ids=str)
@@ -93,15 +98,8 @@ def test_products(kind, shape, monkeypatch):
 def test_products_by_columns(shape, sparsity, kind, monkeypatch):
     """As above; one that is wider has block numbers of more than a byte."""
     weight = sparse_matrix(*shape, kind, sparsity)
-    packed = pack_indexed(weight)
     monkeypatch.setattr(cpu, "STRIP", 2 * shape[1])
-    for tokens, dtype in ((1, kind), (3, torch.float32), (17, kind)):
-        x = torch.randn(tokens, shape[1]).to(dtype)
-        exact = x.double() @ weight.double().T
-        size = float((x.double().abs() @ weight.double().abs().T).max()) + 1e-9
-        assert float((cpu.multiply(packed, x) - exact).abs().max()) < 1e-5 * size
-        rounding = 1e-5 if dtype == torch.float32 else 1e-2
-        assert float((cpu.product(packed, x) - exact).abs().max()) < rounding * size
+    check_products(pack_indexed(weight), weight, (1, kind), (3, torch.float32), (17, kind))
 
 
 def test_by_columns_what_is_not_finite_reaches_who_has_a_weight_for_it():

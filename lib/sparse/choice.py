@@ -38,7 +38,7 @@ def fastest(make: Callable[[type], SparseLinear], weight: Tensor, *, compiled: b
     machine = weight.device, torch.get_num_threads()
     key = (*weight.shape, weight.dtype, storage_kind(weight), *machine, compiled)
     step = round((1 - int(weight.count_nonzero()) / max(1, weight.numel())) / STEP)
-    known, last = _known.setdefault(key, {}), forms_for(weight)[-1]
+    known, last, layer = _known.setdefault(key, {}), forms_for(weight)[-1], None
     if step not in known:
         lower = [at for at, (form, most) in known.items() if at < step and most and form is last]
         higher = [at for at, (_, most) in known.items() if at > step and not most]
@@ -50,7 +50,7 @@ def fastest(make: Callable[[type], SparseLinear], weight: Tensor, *, compiled: b
     form, most = known[step]
     if not most:
         return None
-    layer = make(form)
+    layer = layer or make(form)
     layer.max_tokens = most
     return layer
 
@@ -70,13 +70,12 @@ def _faster(layers: list[nn.Module], weight: Tensor, compiled: bool) -> bool:
     x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     dense = [lambda w=w: F.linear(x, w, layers[0].bias) for w in cold_copies(weight.clone, weight.nbytes)]
     own = [lambda layer=layer: layer(x) for layer in layers]
-    if compiled and weight.is_cuda:
-        graphs = [captured(lambda calls=calls: [call() for call in calls], weight.device) for calls in (dense, own)]
-        seconds = _alternating(*([graph] for graph in graphs))
-        fastest, own = (s / len(calls) for s, calls in zip(seconds, (dense, own), strict=True))
-    else:
-        fastest, own = _alternating(dense, own)
-    return own <= MARGIN * fastest
+    if not (compiled and weight.is_cuda):
+        of_dense, of_own = _alternating(dense, own)
+        return of_own <= MARGIN * of_dense
+    graphs = [captured(lambda calls=calls: [call() for call in calls], weight.device) for calls in (dense, own)]
+    of_dense, of_own = _alternating(*([graph] for graph in graphs))
+    return of_own / len(own) <= MARGIN * of_dense / len(dense)
 
 
 @torch.no_grad()

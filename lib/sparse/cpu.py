@@ -45,21 +45,20 @@ def multiply(packed: Packed | Indexed, x: Tensor) -> Tensor:
     What an Indexed matrix leaves out is not multiplied: an infinity reaches the outputs that have a weight for it.
     """
     if isinstance(packed, Indexed):
-        tokens, (x, at_once) = x.shape[0], _padded(x.float(), packed.columns)
-        out = torch.empty(x.shape[0], packed.rows)
-        function = kernels.compiled_indexed_product(packed.kind, packed.blocks.itemsize, at_once)
-        _run(function, packed, packed.rows, out, x)
-        return out[:tokens]
-    variant, tokens = variant_for(packed.kind), x.shape[0]
-    split = variant.reads == torch.bfloat16 and x.dtype != torch.bfloat16
+        reads, width = torch.float32, packed.columns
+        compiled = functools.partial(kernels.compiled_indexed_product, packed.kind, packed.blocks.itemsize)
+    else:
+        variant = variant_for(packed.kind)
+        reads, width = variant.reads, packed.words * WORD
+        compiled = functools.partial(kernels.compiled_product, variant, packed.kind)
+    tokens, split = x.shape[0], reads == torch.bfloat16 and x.dtype != torch.bfloat16
     if split:  # in two parts of 8 bits each
         high = x.to(torch.bfloat16)
         low = torch.where(high.isfinite(), x.float() - high.float(), 0).to(torch.bfloat16)
         x = torch.cat([high, low])
-    x, at_once = _padded(x.to(variant.reads), packed.words * WORD)
+    x, at_once = _padded(x.to(reads), width)
     out = torch.empty(x.shape[0], packed.rows)
-    function = kernels.compiled_product(variant, packed.kind, at_once)
-    _run(function, packed, packed.rows, out, x)
+    _run(compiled(at_once), packed, packed.rows, out, x)
     if split:
         return out[:tokens] + out[tokens : 2 * tokens]
     return out if out.shape[0] == tokens else out[:tokens]

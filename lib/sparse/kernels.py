@@ -165,35 +165,45 @@ COLUMNS, PLACES, BLOCKS = WORDS, MASKS, TABLE  # of a matrix that is Indexed
 _JOB = types.void(types.int64)
 
 
-@functools.cache
-def compiled_product(variant: Variant, kind: torch.dtype, at_once: int):
-    """A C function of a job's address: out (TOKENS, ROWS) float32 of x (TOKENS, ...), `at_once` tokens at a time, of
-    which TOKENS is a multiple. Any number of threads may run it at once: each takes a chunk of rows until there are
-    none left.
+def _by_chunks(work: Callable):
+    """A C function of a job's address, which calls `work(job, begin, end)` for its rows. Any number of threads may run
+    it at once: each takes a chunk of rows until there are none left.
     """
-    both = njit(variant.make(kind, at_once)[0])
+    work = njit(work)
 
     @cfunc(_JOB)
-    def multiply(job):
-        rows, chunk, words = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * WORDS)
-        masks, values, offsets = load_long(job + 8 * MASKS), load_long(job + 8 * VALUES), load_long(job + 8 * OFFSETS)
-        x, out, table = load_long(job + 8 * X), load_long(job + 8 * OUT), load_long(job + 8 * TABLE)
-        tokens, x_bytes = load_long(job + 8 * TOKENS), load_long(job + 8 * X_BYTES)
+    def run(job):
+        rows, chunk = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK)
         while True:
             begin = take(job + 8 * NEXT, chunk)
             if begin >= rows:
                 break
-            end = min(begin + chunk, rows)
-            half = (end - begin + 1) // 2
-            for i in range(begin, begin + half):  # each half is read in order, as caches expect it
-                j = min(i + half, end - 1)
-                one, two = values + 2 * load_long(offsets + 8 * i), values + 2 * load_long(offsets + 8 * j)
-                one_mask, two_mask = masks + 4 * words * i, masks + 4 * words * j
-                for token in range(0, tokens, at_once):  # the rows lie in the cache from the first on
-                    to, at = out + 4 * token * rows, x + token * x_bytes
-                    both(one, one_mask, two, two_mask, at, x_bytes, words, table, to + 4 * i, to + 4 * j, 4 * rows)
+            work(job, begin, min(begin + chunk, rows))
 
-    return multiply
+    return run
+
+
+@functools.cache
+def compiled_product(variant: Variant, kind: torch.dtype, at_once: int):
+    """A C function of a job's address: out (TOKENS, ROWS) float32 of x (TOKENS, ...), `at_once` tokens at a time, of
+    which TOKENS is a multiple.
+    """
+    both = njit(variant.make(kind, at_once)[0])
+
+    def multiply(job, begin, end):
+        rows, words, tokens = load_long(job + 8 * ROWS), load_long(job + 8 * WORDS), load_long(job + 8 * TOKENS)
+        masks, values, offsets = load_long(job + 8 * MASKS), load_long(job + 8 * VALUES), load_long(job + 8 * OFFSETS)
+        x, out, table = load_long(job + 8 * X), load_long(job + 8 * OUT), load_long(job + 8 * TABLE)
+        x_bytes, half = load_long(job + 8 * X_BYTES), (end - begin + 1) // 2
+        for i in range(begin, begin + half):  # each half is read in order, as caches expect it
+            j = min(i + half, end - 1)
+            one, two = values + 2 * load_long(offsets + 8 * i), values + 2 * load_long(offsets + 8 * j)
+            one_mask, two_mask = masks + 4 * words * i, masks + 4 * words * j
+            for token in range(0, tokens, at_once):  # the rows lie in the cache from the first on
+                to, at = out + 4 * token * rows, x + token * x_bytes
+                both(one, one_mask, two, two_mask, at, x_bytes, words, table, to + 4 * i, to + 4 * j, 4 * rows)
+
+    return _by_chunks(multiply)
 
 
 @functools.cache
@@ -201,20 +211,15 @@ def compiled_unpacking(variant: Variant, kind: torch.dtype):
     """Likewise: rows from FIRST on, into out (ROWS, 32 WORDS)."""
     unpack = njit(variant.make(kind, 1)[1])
 
-    @cfunc(_JOB)
-    def expand(job):
-        rows, chunk, words = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * WORDS)
+    def expand(job, begin, end):
         masks, values, offsets = load_long(job + 8 * MASKS), load_long(job + 8 * VALUES), load_long(job + 8 * OFFSETS)
         first, out, table = load_long(job + 8 * FIRST), load_long(job + 8 * OUT), load_long(job + 8 * TABLE)
-        while True:
-            begin = take(job + 8 * NEXT, chunk)
-            if begin >= rows:
-                break
-            for i in range(begin, min(begin + chunk, rows)):
-                own, mask = values + 2 * load_long(offsets + 8 * (first + i)), masks + 4 * words * (first + i)
-                unpack(own, mask, out + 64 * words * i, words, table)
+        words = load_long(job + 8 * WORDS)
+        for i in range(begin, end):
+            own, mask = values + 2 * load_long(offsets + 8 * (first + i)), masks + 4 * words * (first + i)
+            unpack(own, mask, out + 64 * words * i, words, table)
 
-    return expand
+    return _by_chunks(expand)
 
 
 @functools.cache
@@ -223,27 +228,21 @@ def compiled_indexed_product(kind: torch.dtype, block_bytes: int, at_once: int):
     lanes, sums, load_block = vectors.of(QUAD), vectors.of_quads(at_once), _load_block(block_bytes)
     zero, add, store, load_values, widen = sums.zero, sums.add, sums.store, lanes.load, getattr(lanes, _name(kind))
 
-    @cfunc(_JOB)
-    def multiply(job):
-        rows, chunk, tokens = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * TOKENS)
+    def multiply(job, begin, end):
         values, places, blocks = load_long(job + 8 * VALUES), load_long(job + 8 * PLACES), load_long(job + 8 * BLOCKS)
-        offsets, x_bytes = load_long(job + 8 * OFFSETS), load_long(job + 8 * X_BYTES)
-        x, out = load_long(job + 8 * X), load_long(job + 8 * OUT)
-        while True:
-            begin = take(job + 8 * NEXT, chunk)
-            if begin >= rows:
-                break
-            for i in range(begin, min(begin + chunk, rows)):
-                first, last = types.int64(load_mask(offsets + 4 * i)), types.int64(load_mask(offsets + 4 * i + 4))
-                for token in range(0, tokens, at_once):
-                    row, at = zero(), x + token * x_bytes
-                    for quad in range(first, last):
-                        weights = widen(load_values(values + 2 * QUAD * quad))
-                        block = at + 4 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
-                        row = add(row, weights, places + QUAD * quad, block, x_bytes)
-                    store(row, out + 4 * token * rows + 4 * i, 4 * rows)
+        rows, tokens, offsets = load_long(job + 8 * ROWS), load_long(job + 8 * TOKENS), load_long(job + 8 * OFFSETS)
+        x, out, x_bytes = load_long(job + 8 * X), load_long(job + 8 * OUT), load_long(job + 8 * X_BYTES)
+        for i in range(begin, end):
+            first, last = types.int64(load_mask(offsets + 4 * i)), types.int64(load_mask(offsets + 4 * i + 4))
+            for token in range(0, tokens, at_once):
+                row, at = zero(), x + token * x_bytes
+                for quad in range(first, last):
+                    weights = widen(load_values(values + 2 * QUAD * quad))
+                    block = at + 4 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
+                    row = add(row, weights, places + QUAD * quad, block, x_bytes)
+                store(row, out + 4 * token * rows + 4 * i, 4 * rows)
 
-    return multiply
+    return _by_chunks(multiply)
 
 
 @functools.cache
@@ -251,27 +250,22 @@ def compiled_indexed_unpacking(block_bytes: int):
     """As `compiled_unpacking`, into out (ROWS, COLUMNS)."""
     load_block = _load_block(block_bytes)
 
-    @cfunc(_JOB)
-    def expand(job):
-        rows, chunk, columns = load_long(job + 8 * ROWS), load_long(job + 8 * CHUNK), load_long(job + 8 * COLUMNS)
+    def expand(job, begin, end):
         values, places, blocks = load_long(job + 8 * VALUES), load_long(job + 8 * PLACES), load_long(job + 8 * BLOCKS)
         offsets, first, out = load_long(job + 8 * OFFSETS), load_long(job + 8 * FIRST), load_long(job + 8 * OUT)
-        while True:
-            begin = take(job + 8 * NEXT, chunk)
-            if begin >= rows:
-                break
-            for i in range(begin, min(begin + chunk, rows)):
-                to, row = out + 2 * columns * i, offsets + 4 * (first + i)
-                for column in range(columns):
-                    store_half_word(to + 2 * column, numpy.uint16(0))
-                for quad in range(types.int64(load_mask(row)), types.int64(load_mask(row + 4))):
-                    block = to + 2 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
-                    for lane in range(QUAD * quad, QUAD * quad + QUAD):
-                        value = load_half_word(values + 2 * lane)
-                        if value:  # what fills a quad has a place that may be another's
-                            store_half_word(block + 2 * types.int64(load_byte(places + lane)), value)
+        columns = load_long(job + 8 * COLUMNS)
+        for i in range(begin, end):
+            to, row = out + 2 * columns * i, offsets + 4 * (first + i)
+            for column in range(columns):
+                store_half_word(to + 2 * column, numpy.uint16(0))
+            for quad in range(types.int64(load_mask(row)), types.int64(load_mask(row + 4))):
+                block = to + 2 * BLOCK * types.int64(load_block(blocks + block_bytes * quad))
+                for lane in range(QUAD * quad, QUAD * quad + QUAD):
+                    value = load_half_word(values + 2 * lane)
+                    if value:  # what fills a quad has a place that may be another's
+                        store_half_word(block + 2 * types.int64(load_byte(places + lane)), value)
 
-    return expand
+    return _by_chunks(expand)
 
 
 def _load_block(size: int) -> Callable:
