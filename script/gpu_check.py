@@ -458,6 +458,7 @@ def sparse() -> None:
         dense = [lambda w=w: torch.nn.functional.linear(x, w) for w in cold_copies(weight.clone, weight.nbytes)]
         found = {
             "error": float((layer(x).double() - exact).abs().max() / exact.abs().max()),
+            "unpacked_equal": torch.equal(layer.packed.dense(), weight),
             "ms": 1e3 * seconds_of_kernels(packed), "dense_ms": 1e3 * seconds_of_kernels(dense),
             "called_ms": 1e3 * seconds_of(packed[0], repeat), "dense_called_ms": 1e3 * seconds_of(dense[0], repeat),
             "bytes_a_weight": layer.packed.bytes / weight.numel(),

@@ -25,9 +25,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lib import LanguageModel, RunError, save_checkpoint, sparse_model
 from lib.results.checkpoint import compressed_size
-from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, indexed, kernels, pack, threads
+from lib.sparse import SparseLinear, choice, convert, cpu, cuda, format, indexed, kernels, pack, sliced, threads
 from lib.sparse.indexed import pack_indexed
 from lib.sparse.linear import PACK
+from lib.sparse.sliced import pack_sliced
 
 HAS = cpu.features()
 CASES = [(variant, kind) for variant in kernels.VARIANTS for kind in variant.kinds]
@@ -142,7 +143,7 @@ NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 @pytest.mark.parametrize("kind", format.KINDS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 100), (5, 256), (7, 1100), (3, 70_000)], ids=str)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.95, 1.0])
-def test_what_a_gpu_multiplies_by(shape, sparsity, kind, monkeypatch):
+def test_weights_with_their_columns(shape, sparsity, kind, monkeypatch):
     """Every weight is told with its column; what fills a quad is nothing. Rows are packed a few at a time."""
     monkeypatch.setattr(indexed, "STRIP", 2 * shape[1])
     weight = sparse_matrix(*shape, kind, sparsity)
@@ -156,32 +157,84 @@ def test_what_a_gpu_multiplies_by(shape, sparsity, kind, monkeypatch):
     assert filling <= 3 * shape[0] * -(-shape[1] // 256)
 
 
-def test_values_of_32_bits_are_rounded_for_a_gpu_as_for_a_cpu():
+def unpacked_by_hand(packed: sliced.Sliced) -> torch.Tensor:
+    """One lane after the other, one weight after the other."""
+    found = torch.zeros(packed.rows, packed.columns, dtype=torch.int16)
+    for slice_, starts in enumerate(packed.starts.tolist()):
+        begin, end = packed.offsets[slice_ : slice_ + 2].tolist()
+        for lane, column in enumerate(starts):
+            for group in range(begin, end):
+                for step in range(8):
+                    column += int(packed.gaps[group, lane]) >> 4 * step & 15
+                    value = int(packed.values[group, step // 2, lane]) >> 16 * (step % 2) & 0xFFFF
+                    if value:
+                        row = packed.order[slice_ * 16 + lane % 16]
+                        assert found[row, column] == 0
+                        found[row, column] = value - (value >> 15 << 16)
+    return found.view(packed.kind)
+
+
+@pytest.fixture(params=[1, 4, 64])
+def parts(request, monkeypatch) -> int:
+    """Of a row, whatever its length."""
+    monkeypatch.setattr(sliced, "_parts", lambda *_: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("kind", format.KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 100), (37, 70), (16, 1100)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.95, 1.0])
+def test_what_a_gpu_multiplies_by(shape, sparsity, kind, parts, monkeypatch):
+    """Every weight, once; gaps wider than 15 are bridged. Rows are packed a slice at a time."""
+    monkeypatch.setattr(sliced, "STRIP", 16 * shape[1])
+    weight = sparse_matrix(*shape, kind, sparsity)
+    weight[0, -1] = float("nan")
+    packed = pack_sliced(weight)
+    for found in (packed.dense(), unpacked_by_hand(packed)):
+        assert torch.equal(found.view(torch.int16), weight.view(torch.int16))
+    assert (packed.rows, packed.columns, packed.kind) == (*shape, kind)
+    assert packed.starts.shape == (-(-shape[0] // 16), 16 * parts)
+    assert packed.sparsity == pytest.approx(pack(weight).sparsity)
+
+
+def test_values_of_32_bits_are_rounded_alike():
     weight = sparse_matrix(9, 300, torch.float32)
-    assert pack_indexed(weight).kind == pack(weight).kind
-    assert torch.equal(pack_indexed(weight).dense(), pack(weight).dense())
+    for other in (pack_indexed, pack_sliced):
+        assert other(weight).kind == pack(weight).kind
+        assert torch.equal(other(weight).dense(), pack(weight).dense())
 
 
-def test_size_on_a_gpu():
+def test_size_by_columns():
     packed = pack_indexed(sparse_matrix(512, 4096, torch.bfloat16, 0.7))
     filling = 1.5 / 256  # half of what a quad may lack, in each block
     expected = (1 - packed.sparsity + filling) * (2 + 1 + 1 / 4)
     assert packed.bytes / (512 * 4096) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_size_on_a_gpu(sparsity):
+    """2.5 bytes a weight, and little for bridges, rows longer than others, and what a group may lack."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2048, 4096, generator=generator).bfloat16()
+    weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
+    packed = pack_sliced(weight)
+    assert packed.starts.shape[1] == 16 * {0.5: 64, 0.7: 64, 0.9: 32}[sparsity]
+    ideal = 2.5 * (1 - packed.sparsity)
+    assert ideal < packed.bytes / weight.numel() < {0.5: 1.2, 0.7: 1.4, 0.9: 1.8}[sparsity] * ideal
+
+
 @NEEDS_TRITON
-@pytest.mark.parametrize("configuration", [(16, 1), (32, 4), (64, 2)], ids=str)
 @pytest.mark.parametrize("kind", format.KINDS, ids=str)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="script/gpu_check.py runs it on the GPU")
-def test_gpu_kernel(kind, configuration, monkeypatch):
-    """On the CPU, by Triton's interpreter."""
+def test_gpu_kernels(kind, parts):
+    """On the CPU, by Triton's interpreter; rows of the second and third shape have several groups."""
     from lib.sparse import gpu_kernel
 
-    for name, value in zip(("QUADS", "STEPS"), configuration, strict=True):
-        monkeypatch.setattr(gpu_kernel, name, value)
-    for shape in ((1, 1), (9, 100), (3, 1100)):
+    for shape in ((1, 1), (9, 100), (19, 300)):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
-        packed, exact = pack_indexed(weight), x.double() @ weight.double().T
+        weight[0, 0] = -1
+        packed, exact = pack_sliced(weight), x.double() @ weight.double().T
+        assert torch.equal(gpu_kernel.unpack(packed), weight)
         rounded = cuda.multiply(packed, x)  # which the interpreter does towards zero
         assert rounded.dtype == kind
         torch.testing.assert_close(rounded.double(), exact, rtol=0.01, atol=0.01)
@@ -191,9 +244,9 @@ def test_gpu_kernel(kind, configuration, monkeypatch):
         torch.testing.assert_close(cuda.multiply(packed, x.double()).double(), exact, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(cuda.product(packed, x).double(), exact, rtol=0.02, atol=0.02)
     x[0, 3] = float("inf")
-    reached = ~cuda.multiply(packed, x).isfinite()
-    assert torch.equal(reached[0], weight[:, 3] != 0)
-    assert not reached[1].any()
+    found = cuda.multiply(packed, x).isfinite()
+    assert not found[0, weight[:, 3] != 0].any()
+    assert found[1].all()
 
 
 COMPILE = """
@@ -201,26 +254,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lib.sparse import gpu_kernel
-aligned = {(i,): [["tt.divisibility", 16]] for i in range(6)}  # as torch's memory is
-for kind in ("bf16", "fp32"):
-    types = dict(values="*bf16", places="*u8", blocks="*u8", offsets="*i32", x=f"*{kind}", out=f"*{kind}", rows="i32",
-                 columns="i32", QUADS="constexpr", STEPS="constexpr")
-    constants = dict(QUADS=gpu_kernel.QUADS, STEPS=gpu_kernel.STEPS)
+aligned = {(i,): [["tt.divisibility", 16]] for i in range(5)}  # as torch's memory is
+held = dict(values="*i32", gaps="*i32", starts="*i32", offsets="*i32", order="*i32")
+sizes = dict(rows="i32", columns="i32", PARTS="constexpr")
+for kind in ("bf16", "fp16", "fp32"):
+    types = held | dict(x=f"*{kind}", out=f"*{kind}") | sizes | dict(STEPS="constexpr", IS_BFLOAT16="constexpr")
+    constants = dict(PARTS=64, STEPS=gpu_kernel.STEPS, IS_BFLOAT16=kind == "bf16")
     source = ASTSource(gpu_kernel._multiply, types, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=1))
+    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=32))
     print(kind, "cubin" in made.asm, made.metadata.shared)
+source = ASTSource(gpu_kernel._unpack, held | dict(out="*i16") | sizes, dict(PARTS=64), aligned)
+made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=32))
+print("unpack", "cubin" in made.asm, made.metadata.shared)
 """
 
 
 @NEEDS_TRITON
-def test_gpu_kernel_compiles(tmp_path):
+def test_gpu_kernels_compile(tmp_path):
     """For a card that need not be there: the interpreter takes what the compiler refuses."""
     env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["bf16 True 0", "fp32 True 0"]  # nothing goes by way of shared memory
+    # Through shared memory goes the sum of a row's parts alone.
+    assert done.stdout.splitlines() == ["bf16 True 2048", "fp16 True 2048", "fp32 True 2048", "unpack True 0"]
 
 
+@NEEDS_TRITON
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter stands for a GPU")
 def test_a_layer_that_is_moved_is_packed_anew(monkeypatch):
     """To a GPU and back; on a machine without one, where the GPU is told by a flag."""
     from lib.sparse import linear
@@ -230,18 +290,18 @@ def test_a_layer_that_is_moved_is_packed_anew(monkeypatch):
     layer.half()
     assert isinstance(layer.packed, format.Packed)
     expected = layer(x)
-    monkeypatch.setattr(linear, "forms_for", lambda _tensor: (indexed.Indexed,))
+    monkeypatch.setattr(linear, "forms_for", lambda _tensor: (sliced.Sliced,))
     torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)  # moved past it, one tensor at a time
     layer.to("cpu")
-    assert isinstance(layer.packed, indexed.Indexed)
-    assert {*dict(layer.named_buffers())} == {"values", "places", "blocks", "offsets"}
+    assert isinstance(layer.packed, sliced.Sliced)
+    assert {*dict(layer.named_buffers())} == {"values", "gaps", "starts", "offsets", "order"}
     assert torch.equal(layer.weight, weight)
     torch.testing.assert_close(copy.deepcopy(layer)(x), expected, rtol=1e-2, atol=1e-2)
     assert not layer.state_dict().keys() - {"weight", "bias"}
     monkeypatch.undo()
     layer.register_buffer("another", torch.ones(1))
     layer.float()
-    assert isinstance(layer.packed, indexed.Indexed)  # which a CPU multiplies by, too
+    assert isinstance(layer.packed, format.Packed)
     torch.testing.assert_close(layer(x), expected)
     assert torch.equal(layer.another, torch.ones(1))
 
@@ -367,9 +427,10 @@ def test_gradients_of_inputs():
     torch.testing.assert_close(x.grad, own.grad)
 
 
-@pytest.mark.parametrize("form", [pack, pack_indexed])
+@pytest.mark.parametrize("form", [pack, pack_indexed, pack_sliced])
 def test_compilers_take_the_product_as_it_is(form):
     """For a token and for many, with the packed matrix that a CPU or a GPU has; a gradient is by the whole matrix."""
+    torch._dynamo.reset()  # which compiles a function so many times and no more
     weight, seen = sparse_matrix(8, 40, torch.bfloat16).float(), []
     layer = SparseLinear(form(weight), torch.ones(8), torch.float32)
 
@@ -389,8 +450,8 @@ def test_compilers_take_the_product_as_it_is(form):
     compiled(x).sum().backward()
     assert own not in seen.pop()
     torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
-    parts = layer._parts, torch.randn(1, 40), 40, layer.kind, 1
-    torch.library.opcheck(own, parts, test_utils=("test_schema", "test_faketensor"))
+    given = layer.packed.parts, torch.randn(1, 40), 8, 40, layer.kind, 1
+    torch.library.opcheck(own, given, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_compiled_model_writes_the_same_text():

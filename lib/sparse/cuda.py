@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .format import Packed
-from .indexed import Indexed
+from .format import Form
+from .sliced import Sliced
 
-AT_ONCE = 16  # tokens, for which the kernel is faster than unpacking: 0.02 ms each for 0.4 to 0.9 (docs/gpu.md)
+AT_ONCE = 16  # tokens that the kernel is given where nothing is measured
 
 
 def is_two_of_four(weight: Tensor) -> bool:
@@ -30,13 +30,13 @@ def semi_structured(module: nn.Module, weight: Tensor) -> nn.Linear:
     return layer.eval()
 
 
-def multiply(packed: Indexed, x: Tensor) -> Tensor:
+def multiply(packed: Sliced, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in the dtype of x, or float32 for more."""
     from .gpu_kernel import multiply as by_kernel  # Triton comes with torch's build for CUDA only
 
     return by_kernel(packed, x)
 
 
-def product(packed: Indexed | Packed, x: Tensor) -> Tensor:
+def product(packed: Form, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed, which is unpacked whole."""
     return F.linear(x, packed.dense().to(x.dtype))

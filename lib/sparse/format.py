@@ -1,6 +1,6 @@
 """A matrix as its non-zero weights: a bit for each weight, and the values in order, in 16 bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy
 import torch
@@ -11,8 +11,25 @@ SPARE = 64  # values behind the last, as kernels read whole vectors
 KINDS = (torch.bfloat16, torch.float16)
 
 
+class Form:
+    """What holds a matrix without its zeros: a dataclass of tensors, and of `columns` and `kind`."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of the tensors, in order."""
+        return [field.name for field in fields(cls) if field.type is Tensor]
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.names()]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
 @dataclass(frozen=True, eq=False)
-class Packed:
+class Packed(Form):
     """A matrix (rows, columns) with its zeros left out.
 
     masks    (rows, words) int32: bit b of word w is whether column 32 w + b is non-zero
@@ -34,10 +51,6 @@ class Packed:
     @property
     def words(self) -> int:
         return self.masks.shape[1]
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in (self.masks, self.values, self.offsets))
 
     @property
     def sparsity(self) -> float:

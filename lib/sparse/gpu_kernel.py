@@ -1,63 +1,126 @@
-"""The GPU's kernel, in Triton; with TRITON_INTERPRET=1 in the environment it runs on the CPU, for tests."""
+"""The GPU's kernels, in Triton; with TRITON_INTERPRET=1 in the environment they run on the CPU, for tests."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .indexed import BLOCK, QUAD, Indexed
+from .sliced import GROUP, ROWS, Sliced
 
-# Quads of a row in one step, two to a lane, and steps in one turn: on an H100 within 7 % of the fastest of fifteen
-# choices for both sizes and all three sparsities that were tried (docs/gpu.md).
-QUADS, STEPS = 64, 2
-_BLOCK, _QUAD = tl.constexpr(BLOCK), tl.constexpr(QUAD)
-
-
-@triton.jit
-def _products(values, places, blocks, x, first, end, QUADS: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
-    """The products of QUADS quads; of those before `end`, unless the step is WHOLE. Lanes that lie side by side have
-    weights that do, and so what they read of x lies in few lines of the cache.
-    """
-    at = first + tl.arange(0, QUADS)
-    entry = at[:, None] * _QUAD + tl.arange(0, _QUAD)[None, :]
-    if WHOLE:
-        column = tl.load(blocks + at).to(tl.int32)[:, None] * _BLOCK + tl.load(places + entry)
-        weight, number = tl.load(values + entry), tl.load(x + column)
-    else:
-        inside = at < end
-        column = tl.load(blocks + at, mask=inside, other=0).to(tl.int32)[:, None] * _BLOCK
-        column += tl.load(places + entry, mask=inside[:, None], other=0)
-        weight = tl.load(values + entry, mask=inside[:, None], other=0.0)
-        number = tl.load(x + column, mask=inside[:, None], other=0.0)
-    return weight.to(tl.float32) * number.to(tl.float32)
+STEPS = 2  # groups in one turn: 4 are as fast on an H100, 1 is slower (docs/gpu.md)
+WARP = 32
+_ROWS, _PAIRS = tl.constexpr(ROWS), tl.constexpr(GROUP // 2)
 
 
 @triton.jit
-def _multiply(values, places, blocks, offsets, x, out, rows, columns, QUADS: tl.constexpr, STEPS: tl.constexpr):  # noqa: N803
-    """A row times a token, by one warp."""
-    row, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+def _first(word, IS_BFLOAT16: tl.constexpr):  # noqa: N803
+    """The weight in a word's low half, as float32."""
+    if IS_BFLOAT16:
+        return (word << 16).to(tl.float32, bitcast=True)
+    return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _second(word, IS_BFLOAT16: tl.constexpr):  # noqa: N803
+    """The weight in its high half."""
+    if IS_BFLOAT16:
+        return (word & -65536).to(tl.float32, bitcast=True)
+    return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _group(values, gaps, x, column, total, LANES: tl.constexpr, IS_BFLOAT16: tl.constexpr):  # noqa: N803
+    """Each lane's column and sum after a group."""
+    gap = tl.load(gaps)
+    for pair in tl.static_range(_PAIRS):
+        word = tl.load(values + pair * LANES)
+        column += (gap >> (8 * pair)) & 15
+        total += _first(word, IS_BFLOAT16) * tl.load(x + column).to(tl.float32)
+        column += (gap >> (8 * pair + 4)) & 15
+        total += _second(word, IS_BFLOAT16) * tl.load(x + column).to(tl.float32)
+    return column, total
+
+
+@triton.jit
+def _multiply(
+    values, gaps, starts, offsets, order, x, out, rows, columns,
+    PARTS: tl.constexpr, STEPS: tl.constexpr, IS_BFLOAT16: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """A slice's rows times a token. The lanes of a warp read of x what lies in few lines of the cache."""
+    slice_, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x += token * columns
-    total = tl.zeros((QUADS, _QUAD), dtype=tl.float32)
-    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    whole = begin + (end - begin) // (QUADS * STEPS) * (QUADS * STEPS)
-    for first in range(begin, whole, QUADS * STEPS):
+    lanes: tl.constexpr = PARTS * _ROWS
+    lane = tl.arange(0, lanes)
+    column = tl.load(starts + slice_ * lanes + lane)
+    begin, end = tl.load(offsets + slice_), tl.load(offsets + slice_ + 1)
+    gaps += begin.to(tl.int64) * lanes + lane
+    values += begin.to(tl.int64) * (_PAIRS * lanes) + lane
+    total = tl.zeros((lanes,), dtype=tl.float32)
+    whole = (end - begin) // STEPS * STEPS
+    for _ in range(0, whole, STEPS):
         for step in tl.static_range(STEPS):
-            total += _products(values, places, blocks, x, first + QUADS * step, end, QUADS, True)
-    for first in range(whole, end, QUADS):
-        total += _products(values, places, blocks, x, first, end, QUADS, False)
-    tl.store(out + token * rows + row, tl.sum(tl.sum(total, 1), 0))
+            own = values + step * (_PAIRS * lanes)
+            column, total = _group(own, gaps + step * lanes, x, column, total, lanes, IS_BFLOAT16)
+        gaps += STEPS * lanes
+        values += STEPS * _PAIRS * lanes
+    for _ in range(whole, end - begin):
+        column, total = _group(values, gaps, x, column, total, lanes, IS_BFLOAT16)
+        gaps += lanes
+        values += _PAIRS * lanes
+    at = slice_ * _ROWS + tl.arange(0, _ROWS)
+    row = tl.load(order + at, mask=at < rows, other=0)
+    tl.store(out + token * rows + row, tl.sum(tl.reshape(total, (PARTS, _ROWS)), 0), mask=at < rows)
 
 
-def multiply(packed: Indexed, x: Tensor) -> Tensor:
+@triton.jit
+def _unpack(values, gaps, starts, offsets, order, out, rows, columns, PARTS: tl.constexpr):  # noqa: N803
+    """A slice's rows into out (rows, columns), int16, which is zero."""
+    slice_ = tl.program_id(0)
+    lanes: tl.constexpr = PARTS * _ROWS
+    lane = tl.arange(0, lanes)
+    column = tl.load(starts + slice_ * lanes + lane)
+    begin, end = tl.load(offsets + slice_), tl.load(offsets + slice_ + 1)
+    gaps += begin.to(tl.int64) * lanes + lane
+    values += begin.to(tl.int64) * (_PAIRS * lanes) + lane
+    at = slice_ * _ROWS + lane % _ROWS
+    out += tl.load(order + at, mask=at < rows, other=0).to(tl.int64) * columns
+    for _ in range(begin, end):
+        gap = tl.load(gaps)
+        for pair in tl.static_range(_PAIRS):
+            word = tl.load(values + pair * lanes)
+            for half in tl.static_range(2):
+                column += (gap >> (8 * pair + 4 * half)) & 15
+                value = (word >> (16 * half)).to(tl.int16)
+                tl.store(out + column, value, mask=value != 0)  # what fills a group may be where a weight is
+        gaps += lanes
+        values += _PAIRS * lanes
+
+
+def multiply(packed: Sliced, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in the dtype of x, or float32 for more.
 
-    What is left out is not multiplied: an infinity reaches the outputs that have a weight for it.
+    What is left out is not multiplied, but for a few zeros: an infinity reaches the outputs that have a weight for it,
+    and may reach others, as it does in a dense product.
     """
     x = (x.float() if x.element_size() > 4 else x).contiguous()
     out = torch.empty(x.shape[0], packed.rows, dtype=x.dtype, device=x.device)
+    parts = packed.starts.shape[1] // ROWS
     with torch.cuda.device_of(x):
-        _multiply[(packed.rows, len(x))](
-            packed.values.view(packed.kind), packed.places, packed.blocks, packed.offsets, x, out, packed.rows,
-            packed.columns, QUADS, STEPS, num_warps=1,
+        _multiply[(len(packed.starts), len(x))](
+            *packed.parts, x, out, packed.rows, packed.columns, parts, STEPS, packed.kind == torch.bfloat16,
+            num_warps=_warps(parts),
         )  # fmt: skip
     return out
+
+
+def unpack(packed: Sliced) -> Tensor:
+    """The matrix (rows, columns), in its kind."""
+    out = torch.zeros(packed.rows, packed.columns, dtype=torch.int16, device=packed.values.device)
+    parts = packed.starts.shape[1] // ROWS
+    with torch.cuda.device_of(out):
+        _unpack[(len(packed.starts),)](*packed.parts, out, *out.shape, parts, num_warps=_warps(parts))
+    return out.view(packed.kind)
+
+
+def _warps(parts: int) -> int:
+    return max(1, parts * ROWS // WARP)

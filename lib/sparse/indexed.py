@@ -1,11 +1,11 @@
-"""A matrix as its non-zero weights, each with its column: what a GPU multiplies by, and a CPU where few are left."""
+"""A matrix as its non-zero weights, each with its column: what a CPU multiplies by where few are left."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .format import storage_kind
+from .format import Form, storage_kind
 
 BLOCK = 256  # columns that a byte tells apart
 QUAD = 4  # weights that lie together, in one block
@@ -13,7 +13,7 @@ STRIP = 1 << 24  # weights that are packed at a time: each takes some 30 bytes m
 
 
 @dataclass(frozen=True, eq=False)
-class Indexed:
+class Indexed(Form):
     """A matrix (rows, columns) with its zeros left out, but for those that fill the last quad of a row's block.
 
     values   (quads, QUAD) int16: their bits in `kind`, row after row, in order of the columns
@@ -33,10 +33,6 @@ class Indexed:
     @property
     def rows(self) -> int:
         return len(self.offsets) - 1
-
-    @property
-    def bytes(self) -> int:
-        return sum(part.nbytes for part in (self.values, self.places, self.blocks, self.offsets))
 
     @property
     def sparsity(self) -> float:

@@ -1,17 +1,16 @@
 """A linear map whose matrix is held without its zeros."""
 
 import copy
-from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .format import Packed, pack
+from .format import Form, Packed, pack
 from .indexed import Indexed, pack_indexed
+from .sliced import Sliced, pack_sliced
 
-PACK = {Packed: pack, Indexed: pack_indexed}
-TENSORS = {form: [f.name for f in fields(form) if f.type is Tensor] for form in PACK}
+PACK = {Packed: pack, Indexed: pack_indexed, Sliced: pack_sliced}
 
 
 class SparseLinear(nn.Module):
@@ -28,7 +27,7 @@ class SparseLinear(nn.Module):
 
     def __init__(
         self,
-        packed: Packed | Indexed,
+        packed: Form,
         bias: Tensor | None,
         dtype: torch.dtype,
         max_tokens: int = 1,
@@ -40,19 +39,19 @@ class SparseLinear(nn.Module):
         self.dtype, self.max_tokens, self.transposed = dtype, max_tokens, transposed
         self._hold(packed)
 
-    def _hold(self, packed: Packed | Indexed) -> None:
-        self.kind, self._form = packed.kind, type(packed)
-        for name in TENSORS[Packed] + TENSORS[Indexed]:
+    def _hold(self, packed: Form) -> None:
+        self.kind, self._form, self._names = packed.kind, type(packed), packed.names()
+        for name in {name for form in PACK for name in form.names()}:
             self._buffers.pop(name, None)
-        for name in TENSORS[self._form]:
-            self.register_buffer(name, getattr(packed, name), persistent=False)
+        for name, part in zip(self._names, packed.parts, strict=True):
+            self.register_buffer(name, part, persistent=False)
 
     @property
     def _parts(self) -> list[Tensor]:
-        return [self._buffers[name] for name in TENSORS[self._form]]
+        return [self._buffers[name] for name in self._names]
 
     @property
-    def packed(self) -> Packed | Indexed:
+    def packed(self) -> Form:
         return self._form(*self._parts, columns=self.in_features, kind=self.kind)
 
     @property
@@ -86,7 +85,7 @@ class SparseLinear(nn.Module):
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features)
         if compiling:
-            found = _multiply(self._parts, rows, self.in_features, self.kind, self.max_tokens)
+            found = _multiply(self._parts, rows, self.out_features, self.in_features, self.kind, self.max_tokens)
         else:
             found = multiply(self.packed, rows, self.max_tokens)
         if self.bias is not None:
@@ -126,32 +125,32 @@ class _Shown(Tensor):
 
 def forms_for(tensor: Tensor) -> tuple[type, ...]:
     """What its device multiplies by, with few zeros and with many."""
-    return (Indexed,) if tensor.is_cuda else (Packed, Indexed)
+    return (Sliced,) if tensor.is_cuda else (Packed, Indexed)
 
 
-def pack_for_device(weight: Tensor) -> Packed | Indexed:
+def pack_for_device(weight: Tensor) -> Form:
     """A matrix (rows, columns) without its zeros, as its device multiplies by it."""
     return PACK[forms_for(weight)[0]](weight)
 
 
-def multiply(packed: Packed | Indexed, x: Tensor, max_tokens: int) -> Tensor:
+def multiply(packed: Form, x: Tensor, max_tokens: int) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in float32 or the dtype of x."""
     from . import cpu, cuda  # numba takes a second to import, and packing does without
 
     if not isinstance(packed, forms_for(x)) or x.device != packed.offsets.device or x.is_meta:
         # Some libraries move a module's tensors one by one.
         return cuda.product(packed, x)
-    backend = cuda if x.is_cuda else cpu
+    backend = cuda if isinstance(packed, Sliced) else cpu
     return backend.multiply(packed, x) if 0 < x.shape[0] <= max_tokens else backend.product(packed, x)
 
 
 @torch.library.custom_op("alphapruning::multiply", mutates_args=())
-def _multiply(parts: list[Tensor], x: Tensor, columns: int, kind: torch.dtype, max_tokens: int) -> Tensor:
-    """`multiply` for compilers, which leave it as it is; `parts` are the tensors of what is packed."""
-    form = next(form for form, names in TENSORS.items() if len(names) == len(parts))
+def _multiply(parts: list[Tensor], x: Tensor, rows: int, columns: int, kind: torch.dtype, max_tokens: int) -> Tensor:
+    """`multiply` for compilers, which leave it as it is; `parts` are those of what is packed."""
+    form = next(form for form in PACK if len(form.names()) == len(parts))
     return multiply(form(*parts, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
 
 
 @_multiply.register_fake
-def _(parts, x, columns, kind, max_tokens):
-    return x.new_empty(x.shape[0], parts[-1].shape[0] - 1)  # the last are offsets
+def _(parts, x, rows, columns, kind, max_tokens):
+    return x.new_empty(x.shape[0], rows)
