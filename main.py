@@ -5,7 +5,11 @@ flags -> model -> metric per matrix -> sparsity per matrix -> pruned matrices ->
 
 import functools
 import logging
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries are imported says nothing
 
 from lib import cli, results
 from lib.analysis import analyze, describe, note, score

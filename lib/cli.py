@@ -5,6 +5,7 @@ import difflib
 import functools
 import logging
 import os
+import signal
 import sys
 import typing
 import warnings
@@ -112,11 +113,17 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Flags) -> str:
     return f"out of GPU memory{where}; try {config.relief(stage)} ({str(error).split('.')[0]})"
 
 
+def take_interrupts() -> None:
+    """Ctrl-C raises KeyboardInterrupt, which commands turn off while libraries are imported."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> int:
     """Parse, run, print what `run` returns; the command's exit status.
 
     0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
     """
+    take_interrupts()
     try:
         config = parse(arguments, kind)
         keep_freed_memory(FREED_BYTES_STREAMING if config.in_parts else FREED_BYTES)

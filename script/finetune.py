@@ -5,8 +5,12 @@
 Its flags are in docs/finetuning.md.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries are imported says nothing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

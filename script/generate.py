@@ -8,10 +8,14 @@ The text is streamed as it is made, greedily. --dense keeps the zeros; --compare
 import contextlib
 import functools
 import gc
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries are imported says nothing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -21,7 +25,7 @@ import transformers
 
 from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
 from lib.attention import without_cudnn_attention
-from lib.cli import parse, set_up_logging
+from lib.cli import parse, set_up_logging, take_interrupts
 from lib.flags import Flags, flag
 from lib.load import Source, choose_device, context_length, load_config
 from lib.shared_flags import DTYPES
@@ -141,6 +145,7 @@ def generate(options: GenerateFlags) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command's exit status, as main.py's."""
+    take_interrupts()
     try:
         options = parse(arguments, GenerateFlags)
         set_up_logging(quiet=False)

@@ -1,11 +1,16 @@
 """The command line: every field a flag, the published spellings, and the exit status."""
 
 import dataclasses
+import os
 import re
+import signal
+import subprocess
+import sys
 import typing
 
 import pytest
 import torch
+from shared import ROOT
 
 from lib import cli
 from lib.allocation.base import MAPPINGS
@@ -192,6 +197,18 @@ def test_interrupted(flags, capsys):
     assert out == ""
     assert "interrupted" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["main.py", "script/finetune.py", "script/generate.py"])
+def test_interrupted_while_libraries_are_imported(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "psutil.py").write_text("import torch\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.Popen([sys.executable, ROOT / command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    assert done.stdout.readline() == b"importing\n"
+    done.send_signal(signal.SIGINT)
+    assert done.communicate(timeout=30) == (b"", b"")
+    assert done.returncode == -signal.SIGINT
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError, OSError])
