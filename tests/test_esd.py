@@ -107,7 +107,7 @@ def real_matrices(embedded):
     """Square, wide and tall matrices of the embedded model, as the metrics read them."""
     model = load_model(find_source(str(embedded)), device="cpu")
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
-    matrices = [m for m in model.matrices if m.block in (0, 17) and m.name.endswith(kinds)]
+    matrices = [m for m in model.matrices if m.block == 17 and m.name.endswith(kinds)]
     return [published_precision(m.weight).float().clone() for m in matrices]
 
 

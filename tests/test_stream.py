@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from test_bad_input import save_tokenizer
-from tiny import ARCHITECTURES, tiny_model, tiny_tokens
+from tiny import pairs, tiny_model, tiny_tokens
 
 from lib import PRUNERS, LanguageModel, Pattern, RunConfig, RunError, find_source, perplexity, prune_model, results
 from lib.activations import Store
@@ -36,8 +36,7 @@ def targets_of(model: LanguageModel) -> dict[str, float]:
     return {m.name: 0.3 + 0.4 * i / len(model.matrices) for i, m in enumerate(model.matrices)}
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "pruner"), pairs([*PRUNERS], at_least=2))
 def test_streamed_is_in_memory_to_the_bit(architecture, pruner, tmp_path):
     tiny_model(architecture).save_pretrained(tmp_path / "model", max_shard_size="20KB")
     source, tokens = find_source(str(tmp_path / "model")), tiny_tokens()

@@ -1,5 +1,7 @@
 """Tiny random models of every supported architecture, made from their configurations without a network."""
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 
@@ -206,6 +208,17 @@ FURTHER = {
     ),
 }
 ARCHITECTURES = CLASSIC | FURTHER
+# Rotary and learnt positions, nn.Linear and Conv1D, experts one by one: what is the same for all is tried on these.
+SAMPLE = ("llama", "gpt2", "mixtral")
+
+
+def pairs(values: Sequence, at_least: int) -> list[tuple]:
+    """(architecture, value): all values with those of SAMPLE, with every other `at_least` of them, in turn."""
+    found = []
+    for index, architecture in enumerate(ARCHITECTURES):
+        count = len(values) if architecture in SAMPLE else at_least
+        found += [(architecture, values[(at_least * index + k) % len(values)]) for k in range(count)]
+    return found
 
 
 def tiny_model(architecture: str, seed: int = 0, **changed) -> torch.nn.Module:
