@@ -114,8 +114,9 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Flags) -> str:
 
 
 def take_interrupts() -> None:
-    """Ctrl-C raises KeyboardInterrupt, which commands turn off while libraries are imported."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C raises KeyboardInterrupt again, where a command has turned that off while libraries are imported."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> int:

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries are imported says nothing
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

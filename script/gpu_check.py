@@ -456,9 +456,9 @@ def sparse() -> None:
         exact, repeat = x.double() @ weight.double().T, 50 if on_gpu() else 2
         packed = [lambda own=own: own(x) for own in cold_copies(layer.copy, layer.packed.bytes)]
         dense = [lambda w=w: torch.nn.functional.linear(x, w) for w in cold_copies(weight.clone, weight.nbytes)]
+        assert torch.equal(layer.packed.dense(), weight)
         found = {
             "error": float((layer(x).double() - exact).abs().max() / exact.abs().max()),
-            "unpacked_equal": torch.equal(layer.packed.dense(), weight),
             "ms": 1e3 * seconds_of_kernels(packed), "dense_ms": 1e3 * seconds_of_kernels(dense),
             "called_ms": 1e3 * seconds_of(packed[0], repeat), "dense_called_ms": 1e3 * seconds_of(dense[0], repeat),
             "bytes_a_weight": layer.packed.bytes / weight.numel(),

@@ -213,14 +213,14 @@ def test_size_by_columns():
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_size_on_a_gpu(sparsity):
-    """2.5 bytes a weight, and little for bridges, rows longer than others, and what a group may lack."""
+    """2.5 bytes a weight, and some for bridges, rows longer than others, and what a group may lack."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(2048, 4096, generator=generator).bfloat16()
+    weight = torch.randn(4096, 4096, generator=generator).bfloat16()
     weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
     packed = pack_sliced(weight)
-    assert packed.starts.shape[1] == 16 * {0.5: 64, 0.7: 64, 0.9: 32}[sparsity]
+    assert packed.starts.shape[1] == 16 * {0.5: 64, 0.7: 32, 0.9: 32}[sparsity]
     ideal = 2.5 * (1 - packed.sparsity)
-    assert ideal < packed.bytes / weight.numel() < {0.5: 1.2, 0.7: 1.4, 0.9: 1.8}[sparsity] * ideal
+    assert ideal < packed.bytes / weight.numel() < {0.5: 1.2, 0.7: 1.15, 0.9: 1.8}[sparsity] * ideal
 
 
 @NEEDS_TRITON
@@ -234,7 +234,7 @@ def test_gpu_kernels(kind, parts):
         weight, x = sparse_matrix(*shape, kind), torch.randn(2, shape[1]).to(kind)
         weight[0, 0] = -1
         packed, exact = pack_sliced(weight), x.double() @ weight.double().T
-        assert torch.equal(gpu_kernel.unpack(packed), weight)
+        assert torch.equal(gpu_kernel.unpack(packed.parts, shape[1]).view(kind), weight)
         rounded = cuda.multiply(packed, x)  # which the interpreter does towards zero
         assert rounded.dtype == kind
         torch.testing.assert_close(rounded.double(), exact, rtol=0.01, atol=0.01)
@@ -450,7 +450,7 @@ def test_compilers_take_the_product_as_it_is(form):
     compiled(x).sum().backward()
     assert own not in seen.pop()
     torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
-    given = layer.packed.parts, torch.randn(1, 40), 8, 40, layer.kind, 1
+    given = type(layer.packed).__name__, layer.packed.parts, torch.randn(1, 40), 8, 40, layer.kind, 1
     torch.library.opcheck(own, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -471,10 +471,12 @@ def test_a_compiled_model_writes_the_same_text():
     assert not sparse.generation_config.disable_compile  # transformers would compile it on cuda
 
 
-def test_on_another_device_than_its_tokens():
+@pytest.mark.parametrize("form", [pack, pack_indexed, pack_sliced])
+def test_on_another_device_than_its_tokens(form):
     """What is on meta has shapes; else torch says what is wrong."""
-    layer = SparseLinear(pack(sparse_matrix(8, 40, torch.bfloat16)), torch.ones(8), torch.float32)
+    layer = SparseLinear(form(sparse_matrix(8, 40, torch.bfloat16)), torch.ones(8), torch.float32)
     assert layer.to("meta")(torch.ones(2, 40, device="meta")).shape == (2, 8)
+    assert layer.state_dict()["weight"].shape == layer.weight.shape == (8, 40)
     with pytest.raises(RuntimeError):
         layer(torch.ones(2, 40))
 

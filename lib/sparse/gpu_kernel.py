@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .sliced import GROUP, ROWS, Sliced
 
-STEPS = 2  # groups in one turn: 4 are as fast on an H100, 1 is slower (docs/gpu.md)
+STEPS = 2  # groups in one turn: with as many lanes as a GPU holds 1 to 4 are as fast (docs/gpu.md)
 WARP = 32
 _ROWS, _PAIRS = tl.constexpr(ROWS), tl.constexpr(GROUP // 2)
 
@@ -99,8 +99,8 @@ def _unpack(values, gaps, starts, offsets, order, out, rows, columns, PARTS: tl.
 def multiply(packed: Sliced, x: Tensor) -> Tensor:
     """x (tokens, columns) times the matrix, transposed; (tokens, rows) in the dtype of x, or float32 for more.
 
-    What is left out is not multiplied, but for a few zeros: an infinity reaches the outputs that have a weight for it,
-    and may reach others, as it does in a dense product.
+    Of the zeros few are multiplied: an infinity reaches the outputs that have a weight for it, and may reach others; in
+    a dense product it reaches all.
     """
     x = (x.float() if x.element_size() > 4 else x).contiguous()
     out = torch.empty(x.shape[0], packed.rows, dtype=x.dtype, device=x.device)
@@ -113,13 +113,14 @@ def multiply(packed: Sliced, x: Tensor) -> Tensor:
     return out
 
 
-def unpack(packed: Sliced) -> Tensor:
-    """The matrix (rows, columns), in its kind."""
-    out = torch.zeros(packed.rows, packed.columns, dtype=torch.int16, device=packed.values.device)
-    parts = packed.starts.shape[1] // ROWS
+def unpack(held: list[Tensor], columns: int) -> Tensor:
+    """The matrix (rows, columns), int16, of the tensors of a Sliced one."""
+    starts, order = held[2], held[4]
+    out = torch.zeros(len(order), columns, dtype=torch.int16, device=order.device)
+    parts = starts.shape[1] // ROWS
     with torch.cuda.device_of(out):
-        _unpack[(len(packed.starts),)](*packed.parts, out, *out.shape, parts, num_warps=_warps(parts))
-    return out.view(packed.kind)
+        _unpack[(len(starts),)](*held, out, *out.shape, parts, num_warps=_warps(parts))
+    return out
 
 
 def _warps(parts: int) -> int:

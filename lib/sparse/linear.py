@@ -11,14 +11,15 @@ from .indexed import Indexed, pack_indexed
 from .sliced import Sliced, pack_sliced
 
 PACK = {Packed: pack, Indexed: pack_indexed, Sliced: pack_sliced}
+FORMS = {form.__name__: form for form in PACK}
 
 
 class SparseLinear(nn.Module):
     """x W^T + b with W packed, in place of an nn.Linear or what computes the same.
 
-    Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked in strips that
-    go through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, by the whole
-    matrix, unpacked. To a compiler the product is one operation, where no gradients are asked for.
+    Few tokens at once are multiplied by a kernel that reads the packed matrix; for more, it is unpacked, on a CPU in
+    strips, and goes through the ordinary product. Outputs have the dtype of x. Where x needs a gradient it gets one, by
+    the whole matrix, unpacked. To a compiler the product is one operation, where no gradients are asked for.
 
     dtype       of the weights to whoever asks for them
     max_tokens  most tokens at once that the kernel is given
@@ -85,7 +86,8 @@ class SparseLinear(nn.Module):
             return F.linear(x, self.packed.dense().to(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features)
         if compiling:
-            found = _multiply(self._parts, rows, self.out_features, self.in_features, self.kind, self.max_tokens)
+            shape = self.out_features, self.in_features
+            found = _multiply(self._form.__name__, self._parts, rows, *shape, self.kind, self.max_tokens)
         else:
             found = multiply(self.packed, rows, self.max_tokens)
         if self.bias is not None:
@@ -145,12 +147,13 @@ def multiply(packed: Form, x: Tensor, max_tokens: int) -> Tensor:
 
 
 @torch.library.custom_op("alphapruning::multiply", mutates_args=())
-def _multiply(parts: list[Tensor], x: Tensor, rows: int, columns: int, kind: torch.dtype, max_tokens: int) -> Tensor:
-    """`multiply` for compilers, which leave it as it is; `parts` are those of what is packed."""
-    form = next(form for form in PACK if len(form.names()) == len(parts))
-    return multiply(form(*parts, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
+def _multiply(
+    form: str, parts: list[Tensor], x: Tensor, rows: int, columns: int, kind: torch.dtype, max_tokens: int
+) -> Tensor:
+    """`multiply` for compilers, which leave it as it is."""
+    return multiply(FORMS[form](*parts, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
 
 
 @_multiply.register_fake
-def _(parts, x, rows, columns, kind, max_tokens):
+def _(form, parts, x, rows, columns, kind, max_tokens):
     return x.new_empty(x.shape[0], rows)

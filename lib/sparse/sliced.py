@@ -5,6 +5,7 @@ rows that are as long, and the columns that they are at lie close together.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +15,20 @@ from .format import Form, storage_kind
 
 ROWS = 16  # of a slice
 MOST_PARTS = 64  # of a row: with so many a slice has the 1024 lanes that a block of a GPU's threads may have
-FEWEST = 16  # weights of a part
 GROUP = 8  # weights that have a word of gaps together
 FARTHEST = 15  # columns that 4 bits say; across a wider gap a zero is kept
-STRIP = 1 << 22  # weights that are packed at a time: each takes some 100 bytes meanwhile
-GPU_LANES = 132 * 2048  # that an H100 holds at once
+STRIP = 1 << 22  # weights that are packed at a time: each that is kept takes some 150 bytes meanwhile
+H100_LANES = 132 * 2048  # that it holds at once
+# The share of a GPU's lanes that reads as fast as its memory gives; of an H100 (docs/gpu.md).
+ENOUGH = 0.38
 
 
 @dataclass(frozen=True, eq=False)
 class Sliced(Form):
-    """A matrix (rows, columns) with its zeros left out, but for a few that bridge wide gaps or fill up groups.
+    """A matrix (rows, columns) with its zeros left out, but for those that bridge wide gaps or fill up groups.
 
-    The rows are sorted by how many weights they have and cut into slices of ROWS. Each row is cut into parts with as
-    many weights; lane p * ROWS + r of a slice has part p of its row r, in groups of GROUP weights.
+    The rows are sorted by how many weights they have and cut into slices of ROWS. Each row is cut into parts, of which
+    all in a slice have as many groups of GROUP weights; lane p * ROWS + r has part p of the slice's row r.
 
     values   (groups, GROUP / 2, lanes) int32: the bits of two weights in `kind`, the first in the low half
     gaps     (groups, lanes) int32: four bits for each weight, the first in the lowest: its columns from the one before
@@ -54,20 +56,33 @@ class Sliced(Form):
 
     def dense(self) -> Tensor:
         """The matrix (rows, columns), in `kind`."""
-        if self.values.is_cuda:
-            from .gpu_kernel import unpack  # Triton comes with torch's build for CUDA only
+        parts = [self.values, self.gaps, self.starts, self.offsets, self.order]  # compilers do not follow `self.parts`
+        return _unpack(parts, self.columns).view(self.kind)
 
-            return unpack(self)
-        device, (groups, lanes) = self.values.device, self.gaps.shape
-        found = torch.zeros(self.rows, self.columns, dtype=torch.int16, device=device)
-        steps = torch.arange(GROUP, device=device)[None, :, None]
-        gaps = (self.gaps[:, None] >> 4 * steps & FARTHEST).view(-1, lanes)  # (groups * GROUP, lanes), as the next
-        values = self.values.view(torch.int16).view(groups, GROUP // 2, lanes, 2).transpose(2, 3).reshape(-1, lanes)
-        for slice_, (begin, end) in enumerate(itertools.pairwise(self.offsets.mul(GROUP).tolist())):
-            rows, columns = self.order[slice_ * ROWS :].long(), self.starts[slice_] + gaps[begin:end].cumsum(0)
-            at, lane = values[begin:end].nonzero(as_tuple=True)
-            found[rows[lane % ROWS], columns[at, lane]] = values[begin + at, lane]
-        return found.view(self.kind)
+
+@torch.library.custom_op("alphapruning::unpack", mutates_args=())
+def _unpack(parts: list[Tensor], columns: int) -> Tensor:
+    """The matrix (rows, columns), int16. One operation to compilers."""
+    if parts[0].is_cuda:
+        from .gpu_kernel import unpack  # Triton comes with torch's build for CUDA only
+
+        return unpack(parts, columns)
+    words, gaps, starts, offsets, order = parts
+    groups, lanes = gaps.shape
+    found = torch.zeros(len(order), columns, dtype=torch.int16, device=words.device)
+    steps = torch.arange(GROUP, dtype=torch.int32, device=words.device)[None, :, None]
+    gaps = (gaps[:, None] >> 4 * steps & FARTHEST).view(-1, lanes)  # (groups * GROUP, lanes), as the next
+    values = words.view(torch.int16).view(groups, GROUP // 2, lanes, 2).transpose(2, 3).reshape(-1, lanes)
+    for slice_, (begin, end) in enumerate(itertools.pairwise(offsets.mul(GROUP).tolist())):
+        rows, reached = order[slice_ * ROWS :].long(), starts[slice_] + gaps[begin:end].cumsum(0)
+        at, lane = values[begin:end].nonzero(as_tuple=True)
+        found[rows[lane % ROWS], reached[at, lane]] = values[begin + at, lane]
+    return found
+
+
+@_unpack.register_fake
+def _(parts, columns):
+    return parts[0].new_empty(len(parts[-1]), columns, dtype=torch.int16)
 
 
 def pack_sliced(weight: Tensor) -> Sliced:
@@ -77,7 +92,7 @@ def pack_sliced(weight: Tensor) -> Sliced:
     lengths = torch.cat([_Entries(part, kind).lengths for part in weight.split(strip)])
     order = lengths.argsort(descending=True, stable=True)
     longest = lengths[order[::ROWS]]  # of each slice
-    parts = _parts(rows, int(lengths.sum()) // max(1, rows), device)
+    parts = _parts(longest, rows)
     groups, lanes = -(-longest // (parts * GROUP)), parts * ROWS
     offsets = torch.zeros(len(groups) + 1, dtype=torch.int64, device=device)
     torch.cumsum(groups, 0, out=offsets[1:])
@@ -105,21 +120,30 @@ def _divided(number: Tensor, by: Tensor | int) -> tuple[Tensor, Tensor]:
     return number // by, number % by
 
 
-def _parts(rows: int, length: int, device: torch.device) -> int:
-    """Of a row with `length` weights: so many that the GPU's lanes are busy, a power of two."""
-    lanes, parts = GPU_LANES, 1
-    if device.type == "cuda":
-        lanes = 2048 * torch.cuda.get_device_properties(device).multi_processor_count
-    while 2 * parts <= min(MOST_PARTS, lanes // max(1, rows), length // FEWEST):
-        parts *= 2
-    return parts
+def _parts(longest: Tensor, rows: int) -> int:
+    """Of a row, where the longest of each slice has so many entries: a power of two.
+
+    More parts have more lanes read at once, up to what the GPU holds, and more groups that are not full. The time is
+    taken to be as what is read, and as 1 / lanes where they are few.
+    """
+    lanes, best = H100_LANES, (float("inf"), 1)
+    if longest.is_cuda:
+        properties = torch.cuda.get_device_properties(longest.device)
+        lanes = properties.multi_processor_count * properties.max_threads_per_multi_processor
+    for power in range(MOST_PARTS.bit_length()):
+        parts = 1 << power
+        if power and rows * parts > lanes:
+            break
+        groups = int((-(-longest // (parts * GROUP))).sum()) * parts
+        best = min(best, (groups * math.hypot(1, ENOUGH * lanes / (rows * parts)), parts))
+    return best[1]
 
 
 class _Entries:
     """What is kept of some rows, in order: their weights, and zeros no further apart than a gap can say.
 
-    rows, columns, values, gaps, places  of each: its row, its column, its bits, the columns from the one before in its
-    row, and the how manieth of the row it is
+    rows, columns, values, gaps, places  of each: its row, its column, its bits, its columns from the one before in the
+                                         row, and how many come before it there
     lengths                              (rows) how many each row has
     """
 
