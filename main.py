@@ -22,7 +22,7 @@ from lib.inputs import read_inputs
 from lib.load import context_length, find_source, load_config, load_tokenizer
 from lib.plan import apply_plan, check_plan, plan
 from lib.stopwatch import Stopwatch
-from lib.windows import with_own_text
+from lib.windows import with_sampled_windows
 from lib.workspace import open_workspace
 
 log = logging.getLogger("lib.main")
@@ -58,7 +58,7 @@ def prune(config: RunConfig, clock: Stopwatch, events: list[dict]) -> dict:
         described = describe(model, events, source)
     if config.samples_text:
         with clock("sample"):
-            inputs = inputs._replace(windows=with_own_text(config, inputs.windows, model, seqlen))
+            inputs = inputs._replace(windows=with_sampled_windows(config, inputs.windows, model, seqlen))
     workspace.begin()
     evaluator = Evaluator(config, inputs, workspace, clock)
     described |= evaluator.bos(events)

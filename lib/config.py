@@ -8,7 +8,7 @@ import torch
 from .allocation import ALLOCATIONS
 from .allocation.base import Allocation
 from .allocation.budget import S_MAX, S_MIN
-from .data import OWN_TEXT, find_corpus
+from .data import SAMPLED, find_corpus
 from .errors import RunError
 from .flags import AUTO, fields_of, flag_of
 from .load import choose_device
@@ -69,11 +69,11 @@ class RunConfig(RunFlags):
                 raise RunError(
                     "--eval_dense: needs the evaluation that --no-eval_wikitext turns off, or --eval_zero_shot"
                 )
-            if self.calibrated and not self.writes_own_text:
+            if self.calibrated and not self.samples_calibration:
                 find_corpus("--calib_data", self.calib_data)
             if self.distils:
                 # What the dense model writes is drawn from its distribution, and has nothing to tell beside it.
-                usual = 1.0 if self.writes_own_text else DISTILL
+                usual = 1.0 if self.samples_calibration else DISTILL
                 object.__setattr__(self, "distill", float(usual if self.distill is None else self.distill))
         self.check_shared()
 
@@ -141,8 +141,8 @@ class RunConfig(RunFlags):
         if self.recover_self == self.calib_self:  # what it is by default, by one name
             object.__setattr__(self, "recover_self", None)
         for name, more in (("calib_self", "--nsamples"), ("recover_self", "--recover_nsamples")):
-            if read[name] and self.writes_own_text:
-                already = f"--calib_data {OWN_TEXT} is the model's own text already"
+            if read[name] and self.samples_calibration:
+                already = f"--calib_data {SAMPLED} is the model's own text already"
                 raise RunError(f"--{name} {read[name]}: {already}; give more {more}")
 
     def _check_streaming(self) -> None:
@@ -200,7 +200,7 @@ class RunConfig(RunFlags):
     @property
     def samples_text(self) -> bool:
         """Whether the dense model writes what is calibrated or trained on."""
-        return not self.analyze_only and (self.writes_own_text or any(self.own_windows))
+        return not self.analyze_only and (self.samples_calibration or any(self.sampled_windows))
 
     @property
     def further(self) -> int:
@@ -208,7 +208,7 @@ class RunConfig(RunFlags):
         return (self.recover_nsamples or RECOVERY_WINDOWS * self.nsamples) - self.nsamples if self.recovers else 0
 
     @property
-    def own_windows(self) -> tuple[int, int, int]:
+    def sampled_windows(self) -> tuple[int, int, int]:
         """Windows that the dense model writes beside a corpus: of the calibration, held out, further of recovery."""
         read = self.effective()
         calibration, recovery = read["calib_self"], read["recover_self"]
@@ -246,14 +246,14 @@ class RunConfig(RunFlags):
         return self.weighs_rows or self._allocation.measured
 
     @property
-    def writes_own_text(self) -> bool:
+    def samples_calibration(self) -> bool:
         """Whether the dense model writes the calibration text."""
-        return self.calibrated and self.calib_data == OWN_TEXT
+        return self.calibrated and self.calib_data == SAMPLED
 
     @property
     def streamed_windows(self) -> int:
         """Windows whose hidden states are held while blocks are pruned."""
-        calibration, _, further = self.own_windows
+        calibration, _, further = self.sampled_windows
         if self.recovers_blocks:
             return self.nsamples + self.further + calibration + further
         return self.nsamples + calibration if self.calibrated else 0

@@ -22,7 +22,7 @@ from .texts import Row
 log = logging.getLogger(__name__)
 
 ADD_BOS = ("once", "every")
-OWN_TEXT = "self"  # in place of a corpus to calibrate on: what the dense model writes (lib/own_text.py)
+SAMPLED = "self"  # in place of a corpus to calibrate on: what the dense model writes (lib/sampling.py)
 SHARD = "c4:"  # before a path: drawn and evaluated as c4 is
 FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data", "training": "--data"}
 PARTS = {"calibration": "train", "evaluation": "test", "training": "train"}  # of a saved folder that has several
@@ -239,7 +239,7 @@ def find_corpus(flag: str, name: str) -> Corpus:
     accepted = f"{', '.join(texts.SUFFIXES)} (all but parquet also with {' or '.join(texts.PACKED)})"
     if bare and path.exists():
         raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
-    own = [OWN_TEXT] if flag == FLAGS["calibration"] else []
+    own = [SAMPLED] if flag == FLAGS["calibration"] else []
     raise unknown_name(
         flag, name, [*CORPORA, *own, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
     )

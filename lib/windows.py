@@ -9,7 +9,7 @@ from . import ranks, results
 from .config import RunConfig
 from .data import calibration_windows
 from .model import LanguageModel
-from .own_text import own_text
+from .sampling import sample_windows
 from .trials import trial_windows
 
 
@@ -38,7 +38,7 @@ class Windows:
 
 def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
     """Windows cut from --calib_data; none where the model is to sample them."""
-    if not config.calibrated or config.writes_own_text:
+    if not config.calibrated or config.samples_calibration:
         return Windows()
     found = calibration_windows(
         config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
@@ -47,15 +47,15 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
     return _parts(config, found)
 
 
-def with_own_text(config: RunConfig, windows: Windows, model: LanguageModel, seqlen: int) -> Windows:
+def with_sampled_windows(config: RunConfig, windows: Windows, model: LanguageModel, seqlen: int) -> Windows:
     """The windows with what the dense model writes: all (--calib_data self), some beside (--calib_self, --recover_self)
     or none.
     """
     if not config.samples_text:
         return windows
-    if config.writes_own_text:
+    if config.samples_calibration:
         return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
-    sizes = config.own_windows
+    sizes = config.sampled_windows
     calibration, held_out, further = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
     mixed = _mixed(windows.calibration, calibration)
     own = _mixed(torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool))
@@ -80,17 +80,17 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
         "device": model.device.type, "dtype": str(model.model.dtype), "drawn": "by inversion",
     }  # fmt: skip
-    known = results.load_own_text(config, settings)
+    known = results.load_sampled_windows(config, settings)
     if known is None or len(known) < count:
-        known = own_text(model, count, seqlen=seqlen, seed=config.seed, add_bos=config.add_bos, known=known)
-        results.save_own_text(config, settings, known)
+        known = sample_windows(model, count, seqlen=seqlen, seed=config.seed, add_bos=config.add_bos, known=known)
+        results.save_sampled_windows(config, settings, known)
     return known[:count]
 
 
 def _parts(config: RunConfig, found: Tensor) -> Windows:
     calibration, held_out, further = found.split([config.nsamples, config.held_out, config.further])
     recovery = torch.cat([calibration, further])
-    every = torch.empty(config.nsamples + config.own_windows[0], 0)  # with what the dense model is still to write
+    every = torch.empty(config.nsamples + config.sampled_windows[0], 0)  # with what the dense model is still to write
     least = trial_windows(every, config.stands_in) if config.held_out else every
     ranks.check_enough(f"--nsamples {config.nsamples}", least)
     return Windows(calibration, held_out, recovery, torch.zeros(len(recovery), dtype=bool))

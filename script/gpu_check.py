@@ -518,7 +518,7 @@ def sparse() -> None:
 
     def own() -> dict:
         model = lib.LanguageModel(large_llama().eval())
-        return {"ms_a_token": 1e3 * seconds_of(lambda: own_text(model, 8, seqlen=64)) / 64}
+        return {"ms_a_token": 1e3 * seconds_of(lambda: sample_windows(model, 8, seqlen=64)) / 64}
 
     attempt("sparse", f"generate, {options.blocks} blocks, 70%", written, 45)
     attempt("sparse", f"the model's own text, {options.blocks} blocks", own, 15)
@@ -597,8 +597,8 @@ if __name__ == "__main__":
     from lib.esd import Spectrum, published_precision, squared_singular_values
     from lib.fisher import row_fisher, row_weights
     from lib.metrics import METRICS
-    from lib.own_text import own_text
     from lib.quality import allocation_scores
+    from lib.sampling import sample_windows
     from lib.sequential import walk
     from lib.sparse import SparseLinear, cuda, pack_for_device
     from lib.sparse.choice import cold_copies

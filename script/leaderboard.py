@@ -48,7 +48,7 @@ from lib.quality import allocation_scores
 from lib.results.files import check_folder
 from lib.run_flags import OPTIONED
 from lib.stopwatch import Stopwatch
-from lib.windows import corpus_windows, with_own_text
+from lib.windows import corpus_windows, with_sampled_windows
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -133,7 +133,7 @@ def _settings(read: dict, named: set[str]) -> str:
 
 def _windows_key(config: RunConfig) -> tuple:
     """What the calibration windows depend on, but for how many more are held out."""
-    return config.seed, config.nsamples, config.own_windows[0], config.calibrated, config.calib_data, config.add_bos
+    return config.seed, config.nsamples, config.sampled_windows[0], config.calibrated, config.calib_data, config.add_bos
 
 
 def _without_folders(word: str) -> str:
@@ -382,8 +382,8 @@ class Runner:
         config = run.config
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
         windows = self._cached(
-            "windows", config.held_out, config.further, config.own_windows, *_windows_key(config),
-            measure=lambda: with_own_text(
+            "windows", config.held_out, config.further, config.sampled_windows, *_windows_key(config),
+            measure=lambda: with_sampled_windows(
                 config, corpus_windows(config, self._tokenizer, config.seqlen), self._model, config.seqlen
             ),
         )  # fmt: skip

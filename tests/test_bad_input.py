@@ -185,7 +185,7 @@ CASES = [
     case("cache below a file", "--WW_metric_cache {words}/x", "--WW_metric_cache {words}/x:", "written", base=CACHED),
     case("cache_dir a file", "--prune_method wanda_ww --cache_dir {words}", "--cache_dir {words}:", "be written"),
     case("metrics a file", "--prune_method wanda_ww --cache_dir {here}/filled", "--cache_dir {here}/filled/ww_metric:"),
-    case("own text a file", "--calib_self 2 --cache_dir {here}/filled", "--cache_dir {here}/filled/own_text:"),
+    case("own text a file", "--calib_self 2 --cache_dir {here}/filled", "--cache_dir {here}/filled/sampled_text:"),
     case("checkpoint among other files", "--save_model {tiny}", "--save_model {tiny}:", "name another folder"),
     case("cache in the checkpoint", "--cache_dir {out}/a/b --save_model {out}/a", "--cache_dir {out}/a/b"),
     case("results in the checkpoint", "--save {out}/a/b --save_model {out}/a", "--save_model {out}/a:", "--save {out}"),
@@ -299,7 +299,7 @@ def make_texts(here: Path) -> None:
     (here / "words.txt").write_text(" ".join(f"w{i * i % 63}" for i in range(400)))
     (here / "short.txt").write_text(" ".join(f"w{i}" for i in range(16)))
     (here / "filled").mkdir()
-    for name in ("ww_metric", "own_text"):
+    for name in ("ww_metric", "sampled_text"):
         (here / "filled" / name).write_text("a file where a cache would be")
     (here / "latin.txt").write_bytes("w1 caf\xe9 w2 ".encode("latin-1") * 100)
     (here / "text.csv").write_text("text\nw1 w2\n")

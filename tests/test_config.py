@@ -149,11 +149,11 @@ def test_loss_of_recovery(configure):
 
 def test_windows_of_the_models_own(configure):
     """To calibrate on, held out where something is chosen, and further ones that recovery trains on."""
-    assert configure(calib_self=5).own_windows == (5, 0, 0)
-    assert configure(prune_method="wanda_search", calib_self=5).own_windows == (5, 3, 0)
-    assert configure(calib_self=5, recover="block", recover_self=7).own_windows == (5, 0, 2)
-    assert configure(recover="model", recover_self=7).own_windows == (0, 0, 7)
-    assert configure(calib_self=5, recover_self=2).own_windows == (5, 0, 0)  # nothing is recovered
+    assert configure(calib_self=5).sampled_windows == (5, 0, 0)
+    assert configure(prune_method="wanda_search", calib_self=5).sampled_windows == (5, 3, 0)
+    assert configure(calib_self=5, recover="block", recover_self=7).sampled_windows == (5, 0, 2)
+    assert configure(recover="model", recover_self=7).sampled_windows == (0, 0, 7)
+    assert configure(calib_self=5, recover_self=2).sampled_windows == (5, 0, 0)  # nothing is recovered
     assert configure(prune_method="magnitude", calib_self=5).unused_flags() == ["--calib_self"]
     assert configure(calib_self=5).streamed_windows == 128 + 5
     assert configure(calib_self=5, recover="block", recover_self=7).streamed_windows == 256 + 7

@@ -17,10 +17,10 @@ from lib import (
     distillation,
     evaluate,
     find_source,
-    own_text,
     plan,
     precision,
     prune_model,
+    sampling,
 )
 from lib.distillation import Divergence, dense_targets, distil, log_probabilities
 from lib.load import load_model
@@ -223,7 +223,7 @@ def test_a_run_recovers_on_the_models_own_text_beside_a_corpus(tmp_path, monkeyp
         seen.append((windows, label_share))
         return dense_targets(model, windows, label_share, **more)
 
-    monkeypatch.setattr(own_text, "AT_ONCE", 96)
+    monkeypatch.setattr(sampling, "AT_ONCE", 96)
     monkeypatch.setattr(plan, "dense_targets", watched)
     tiny_model("llama_tied").save_pretrained(tmp_path / "model")
     options = {"recover": "model", "recover_nsamples": 6, "distill": 0.75}
@@ -239,7 +239,7 @@ def test_a_run_recovers_on_the_models_own_text_beside_a_corpus(tmp_path, monkeyp
 
 def test_a_run_recovers_on_the_models_own_text(tmp_path, monkeypatch):
     """The whole command in memory: its stages, its zeros, saved weights that are those it measured."""
-    monkeypatch.setattr(own_text, "AT_ONCE", 96)
+    monkeypatch.setattr(sampling, "AT_ONCE", 96)
     tiny_model("llama_tied").to(torch.bfloat16).save_pretrained(tmp_path / "model")
     options = {
         "nsamples": 4, "calib_data": "self", "recover": ("model", "block"), "recover_nsamples": 6, "dtype": "float32",

@@ -1,6 +1,6 @@
 """Everything that is written: results, pictures, the metric cache, the checkpoint. Nothing else writes files."""
 
-from .cache import MetricCache, load_own_text, metric_folder, save_own_text
+from .cache import MetricCache, load_sampled_windows, metric_folder, save_sampled_windows
 from .checkpoint import RECORD_FILE, convert_to_safetensors, describe_checkpoint, save_checkpoint
 from .finetuned import (
     TrainingState,
@@ -42,7 +42,7 @@ __all__ = [
     "finetuned_record",
     "finetuned_summary",
     "layer_records",
-    "load_own_text",
+    "load_sampled_windows",
     "metric_folder",
     "overall_sparsity",
     "prepare",
@@ -51,7 +51,7 @@ __all__ = [
     "run_folder",
     "save_adapter",
     "save_checkpoint",
-    "save_own_text",
+    "save_sampled_windows",
     "summary",
     "write_finetuned",
     "write_report",

@@ -20,7 +20,7 @@ from .files import write_text
 
 log = logging.getLogger(__name__)
 
-METRICS_FOLDER, TEXTS_FOLDER = "ww_metric", "own_text"  # in --cache_dir
+METRICS_FOLDER, TEXTS_FOLDER = "ww_metric", "sampled_text"  # in --cache_dir
 SECONDS = 1.0  # between writes of a growing file: what a killed analysis loses at most
 
 
@@ -115,7 +115,7 @@ def _text_path(config: RunConfig, settings: dict) -> Path:
     return Path(config.cache_dir) / TEXTS_FOLDER / f"{key}.json"
 
 
-def load_own_text(config: RunConfig, settings: dict) -> Tensor | None:
+def load_sampled_windows(config: RunConfig, settings: dict) -> Tensor | None:
     """The windows (n, seqlen) that a model has written with these settings, if there are any."""
     path = _text_path(config, settings)
     try:
@@ -127,6 +127,6 @@ def load_own_text(config: RunConfig, settings: dict) -> Tensor | None:
         raise RunError(f"--cache_dir {config.cache_dir}: {path} is not a model's text; remove it") from error
 
 
-def save_own_text(config: RunConfig, settings: dict, windows: Tensor) -> None:
-    """Put the windows where `load_own_text` finds them."""
+def save_sampled_windows(config: RunConfig, settings: dict, windows: Tensor) -> None:
+    """Put the windows where `load_sampled_windows` finds them."""
     write_text(_text_path(config, settings), json.dumps({"settings": settings, "windows": windows.tolist()}) + "\n")

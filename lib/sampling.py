@@ -20,7 +20,7 @@ WITHOUT = "it has no text of its own for --calib_data, --calib_self or --recover
 AT_ONCE = 16_384  # tokens of the windows that are sampled together
 
 
-def own_text(
+def sample_windows(
     model: LanguageModel, count: int, *, seqlen: int, seed: int = 0, add_bos: str = "once", known: Tensor | None = None
 ) -> Tensor:
     """At least `count` windows of `seqlen` tokens, each sampled from the model at temperature 1; (n, seqlen), int64.
