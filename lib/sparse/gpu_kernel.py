@@ -29,6 +29,16 @@ def _second(word, IS_BFLOAT16: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _begin(values, gaps, starts, offsets, LANES: tl.constexpr):  # noqa: N803
+    """Where the lanes of this program's slice begin: values, gaps and columns; and how many groups they have."""
+    index, lane = tl.program_id(0), tl.arange(0, LANES)
+    first = tl.load(offsets + index)
+    values += first.to(tl.int64) * (_PAIRS * LANES) + lane
+    gaps += first.to(tl.int64) * LANES + lane
+    return values, gaps, tl.load(starts + index * LANES + lane), tl.load(offsets + index + 1) - first
+
+
+@triton.jit
 def _group(values, gaps, x, column, total, LANES: tl.constexpr, IS_BFLOAT16: tl.constexpr):  # noqa: N803
     """Each lane's column and sum after a group."""
     gap = tl.load(gaps)
@@ -47,27 +57,23 @@ def _multiply(
     PARTS: tl.constexpr, STEPS: tl.constexpr, IS_BFLOAT16: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """A slice's rows times a token. The lanes of a warp read of x what lies in few lines of the cache."""
-    slice_, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token = tl.program_id(1).to(tl.int64)
     x += token * columns
     lanes: tl.constexpr = PARTS * _ROWS
-    lane = tl.arange(0, lanes)
-    column = tl.load(starts + slice_ * lanes + lane)
-    begin, end = tl.load(offsets + slice_), tl.load(offsets + slice_ + 1)
-    gaps += begin.to(tl.int64) * lanes + lane
-    values += begin.to(tl.int64) * (_PAIRS * lanes) + lane
+    values, gaps, column, count = _begin(values, gaps, starts, offsets, lanes)
     total = tl.zeros((lanes,), dtype=tl.float32)
-    whole = (end - begin) // STEPS * STEPS
+    whole = count // STEPS * STEPS
     for _ in range(0, whole, STEPS):
         for step in tl.static_range(STEPS):
             own = values + step * (_PAIRS * lanes)
             column, total = _group(own, gaps + step * lanes, x, column, total, lanes, IS_BFLOAT16)
         gaps += STEPS * lanes
         values += STEPS * _PAIRS * lanes
-    for _ in range(whole, end - begin):
+    for _ in range(whole, count):
         column, total = _group(values, gaps, x, column, total, lanes, IS_BFLOAT16)
         gaps += lanes
         values += _PAIRS * lanes
-    at = slice_ * _ROWS + tl.arange(0, _ROWS)
+    at = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     row = tl.load(order + at, mask=at < rows, other=0)
     tl.store(out + token * rows + row, tl.sum(tl.reshape(total, (PARTS, _ROWS)), 0), mask=at < rows)
 
@@ -75,16 +81,11 @@ def _multiply(
 @triton.jit
 def _unpack(values, gaps, starts, offsets, order, out, rows, columns, PARTS: tl.constexpr):  # noqa: N803
     """A slice's rows into out (rows, columns), int16, which is zero."""
-    slice_ = tl.program_id(0)
     lanes: tl.constexpr = PARTS * _ROWS
-    lane = tl.arange(0, lanes)
-    column = tl.load(starts + slice_ * lanes + lane)
-    begin, end = tl.load(offsets + slice_), tl.load(offsets + slice_ + 1)
-    gaps += begin.to(tl.int64) * lanes + lane
-    values += begin.to(tl.int64) * (_PAIRS * lanes) + lane
-    at = slice_ * _ROWS + lane % _ROWS
+    values, gaps, column, count = _begin(values, gaps, starts, offsets, lanes)
+    at = tl.program_id(0) * _ROWS + tl.arange(0, lanes) % _ROWS
     out += tl.load(order + at, mask=at < rows, other=0).to(tl.int64) * columns
-    for _ in range(begin, end):
+    for _ in range(count):
         gap = tl.load(gaps)
         for pair in tl.static_range(_PAIRS):
             word = tl.load(values + pair * lanes)
