@@ -6,7 +6,7 @@ import re
 
 import numpy
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 PANELS = 96  # of one page at most: past that a page shows blocks evenly spread
 BLUE, RED, GREY = "#4878b0", "#c4161c", "0.45"
@@ -36,9 +36,18 @@ def png(figure: Figure) -> bytes:
 def set_perplexity_axis(axis, text: str) -> None:
     """Perplexity on a text upwards, logarithmically, in plain numbers."""
     axis.set(ylabel=f"perplexity, {text}", yscale="log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_locator(_FewTicks())
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+
+
+class _FewTicks(LogLocator):
+    """Fewer a decade the more decades there are."""
+
+    def tick_values(self, vmin, vmax):
+        decades = math.log10(vmax / vmin)
+        self.set_params(subs=(1, 1.5, 2, 3, 5, 7) if decades < 2 else (1, 3) if decades < 4 else (1,))
+        return super().tick_values(vmin, vmax)
 
 
 def draw_esds(layers: list[dict], esds: dict[str, dict], metric: str) -> dict[str, Figure]:

@@ -3,10 +3,11 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
-from lib import LanguageModel, RunConfig, RunError, results, save_checkpoint
+from lib import LanguageModel, RunConfig, RunError, plots, results, save_checkpoint
 from lib.results.files import write_text
 
 
@@ -97,3 +98,20 @@ def test_generation_config_that_cannot_be_saved_does_not_lose_the_checkpoint(tmp
     model.model.generation_config.do_sample = False
     save_checkpoint(model, tmp_path / "pruned")
     assert (tmp_path / "pruned" / "generation_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "labels"),
+    [([6, 28], ["7", "10", "15", "20"]), ([24, 9e3], ["30", "100", "300", "1,000", "3,000"]), ([24, 1e7], ["10,000"])],
+)
+def test_perplexities_on_an_axis_are_plain_numbers(perplexities, labels):
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot(perplexities)
+    plots.set_perplexity_axis(axis, "wikitext2")
+    figure.canvas.draw()
+    low, high = axis.get_ylim()
+    shown = [text.get_text() for text in axis.get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert set(labels) <= set(shown)
+    assert len(shown) <= 9
+    assert all(float(label.replace(",", "")) > 0 for label in shown)
