@@ -204,7 +204,10 @@ def test_interrupted_while_libraries_are_imported(command, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     (tmp_path / "psutil.py").write_text("import torch\n")
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.Popen([sys.executable, ROOT / command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    done = subprocess.Popen(
+        [sys.executable, ROOT / command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background has ignored
+    )  # fmt: skip
     assert done.stdout.readline() == b"importing\n"
     done.send_signal(signal.SIGINT)
     assert done.communicate(timeout=30) == (b"", b"")
