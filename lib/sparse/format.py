@@ -20,12 +20,12 @@ class Form:
         return [field.name for field in fields(cls) if field.type is Tensor]
 
     @property
-    def parts(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.names()]
 
     @property
     def bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,19 +108,19 @@ def multiply(packed: Sliced, x: Tensor) -> Tensor:
     parts = packed.starts.shape[1] // ROWS
     with torch.cuda.device_of(x):
         _multiply[(len(packed.starts), len(x))](
-            *packed.parts, x, out, packed.rows, packed.columns, parts, STEPS, packed.kind == torch.bfloat16,
+            *packed.tensors, x, out, packed.rows, packed.columns, parts, STEPS, packed.kind == torch.bfloat16,
             num_warps=_warps(parts),
         )  # fmt: skip
     return out
 
 
-def unpack(held: list[Tensor], columns: int) -> Tensor:
-    """The matrix (rows, columns), int16, of the tensors of a Sliced one."""
-    starts, order = held[2], held[4]
+def unpack(tensors: list[Tensor], columns: int) -> Tensor:
+    """The matrix (rows, columns), int16, of a Sliced one's tensors."""
+    _, _, starts, _, order = tensors
     out = torch.zeros(len(order), columns, dtype=torch.int16, device=order.device)
     parts = starts.shape[1] // ROWS
     with torch.cuda.device_of(out):
-        _unpack[(len(starts),)](*held, out, *out.shape, parts, num_warps=_warps(parts))
+        _unpack[(len(starts),)](*tensors, out, *out.shape, parts, num_warps=_warps(parts))
     return out
 
 

@@ -44,16 +44,16 @@ class SparseLinear(nn.Module):
         self.kind, self._form, self._names = packed.kind, type(packed), packed.names()
         for name in {name for form in PACK for name in form.names()}:
             self._buffers.pop(name, None)
-        for name, part in zip(self._names, packed.parts, strict=True):
-            self.register_buffer(name, part, persistent=False)
+        for name, tensor in zip(self._names, packed.tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     @property
-    def _parts(self) -> list[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [self._buffers[name] for name in self._names]
 
     @property
     def packed(self) -> Form:
-        return self._form(*self._parts, columns=self.in_features, kind=self.kind)
+        return self._form(*self._tensors, columns=self.in_features, kind=self.kind)
 
     @property
     def weight(self) -> Tensor:
@@ -87,7 +87,7 @@ class SparseLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if compiling:
             shape = self.out_features, self.in_features
-            found = _multiply(self._form.__name__, self._parts, rows, *shape, self.kind, self.max_tokens)
+            found = _multiply(self._form.__name__, self._tensors, rows, *shape, self.kind, self.max_tokens)
         else:
             found = multiply(self.packed, rows, self.max_tokens)
         if self.bias is not None:
@@ -148,12 +148,12 @@ def multiply(packed: Form, x: Tensor, max_tokens: int) -> Tensor:
 
 @torch.library.custom_op("alphapruning::multiply", mutates_args=())
 def _multiply(
-    form: str, parts: list[Tensor], x: Tensor, rows: int, columns: int, kind: torch.dtype, max_tokens: int
+    form: str, tensors: list[Tensor], x: Tensor, rows: int, columns: int, kind: torch.dtype, max_tokens: int
 ) -> Tensor:
     """`multiply` for compilers, which leave it as it is."""
-    return multiply(FORMS[form](*parts, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
+    return multiply(FORMS[form](*tensors, columns=columns, kind=kind), x, max_tokens).to(x.dtype)
 
 
 @_multiply.register_fake
-def _(form, parts, x, rows, columns, kind, max_tokens):
+def _(form, tensors, x, rows, columns, kind, max_tokens):
     return x.new_empty(x.shape[0], rows)

@@ -56,18 +56,18 @@ class Sliced(Form):
 
     def dense(self) -> Tensor:
         """The matrix (rows, columns), in `kind`."""
-        parts = [self.values, self.gaps, self.starts, self.offsets, self.order]  # compilers do not follow `self.parts`
-        return _unpack(parts, self.columns).view(self.kind)
+        tensors = [self.values, self.gaps, self.starts, self.offsets, self.order]  # as compilers can follow
+        return _unpack(tensors, self.columns).view(self.kind)
 
 
 @torch.library.custom_op("alphapruning::unpack", mutates_args=())
-def _unpack(parts: list[Tensor], columns: int) -> Tensor:
+def _unpack(tensors: list[Tensor], columns: int) -> Tensor:
     """The matrix (rows, columns), int16. One operation to compilers."""
-    if parts[0].is_cuda:
+    if tensors[0].is_cuda:
         from .gpu_kernel import unpack  # Triton comes with torch's build for CUDA only
 
-        return unpack(parts, columns)
-    words, gaps, starts, offsets, order = parts
+        return unpack(tensors, columns)
+    words, gaps, starts, offsets, order = tensors
     groups, lanes = gaps.shape
     found = torch.zeros(len(order), columns, dtype=torch.int16, device=words.device)
     steps = torch.arange(GROUP, dtype=torch.int32, device=words.device)[None, :, None]
@@ -81,8 +81,8 @@ def _unpack(parts: list[Tensor], columns: int) -> Tensor:
 
 
 @_unpack.register_fake
-def _(parts, columns):
-    return parts[0].new_empty(len(parts[-1]), columns, dtype=torch.int16)
+def _(tensors, columns):
+    return tensors[0].new_empty(len(tensors[-1]), columns, dtype=torch.int16)
 
 
 def pack_sliced(weight: Tensor) -> Sliced:
