@@ -27,6 +27,11 @@ class Form:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def sparsity(self) -> float:
+        """Of the matrix: some zeros may be held."""
+        return 1 - int(self.values.view(torch.int16).count_nonzero()) / max(1, self.rows * self.columns)
+
 
 @dataclass(frozen=True, eq=False)
 class Packed(Form):

@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sliced import GROUP, ROWS, Sliced
+from .sliced import FARTHEST, GROUP, ROWS, Sliced
 
 STEPS = 2  # groups in one turn: with as many lanes as a GPU holds 1 to 4 are as fast (docs/gpu.md)
 WARP = 32
-_ROWS, _PAIRS = tl.constexpr(ROWS), tl.constexpr(GROUP // 2)
+_ROWS, _PAIRS, _FARTHEST = tl.constexpr(ROWS), tl.constexpr(GROUP // 2), tl.constexpr(FARTHEST)
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def _group(values, gaps, x, column, total, LANES: tl.constexpr, IS_BFLOAT16: tl.
     gap = tl.load(gaps)
     for pair in tl.static_range(_PAIRS):
         word = tl.load(values + pair * LANES)
-        column += (gap >> (8 * pair)) & 15
+        column += (gap >> (8 * pair)) & _FARTHEST
         total += _first(word, IS_BFLOAT16) * tl.load(x + column).to(tl.float32)
-        column += (gap >> (8 * pair + 4)) & 15
+        column += (gap >> (8 * pair + 4)) & _FARTHEST
         total += _second(word, IS_BFLOAT16) * tl.load(x + column).to(tl.float32)
     return column, total
 
@@ -90,7 +90,7 @@ def _unpack(values, gaps, starts, offsets, order, out, rows, columns, PARTS: tl.
         for pair in tl.static_range(_PAIRS):
             word = tl.load(values + pair * lanes)
             for half in tl.static_range(2):
-                column += (gap >> (8 * pair + 4 * half)) & 15
+                column += (gap >> (8 * pair + 4 * half)) & _FARTHEST
                 value = (word >> (16 * half)).to(tl.int16)
                 tl.store(out + column, value, mask=value != 0)  # what fills a group may be where a weight is
         gaps += lanes

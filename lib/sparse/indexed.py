@@ -34,10 +34,6 @@ class Indexed(Form):
     def rows(self) -> int:
         return len(self.offsets) - 1
 
-    @property
-    def sparsity(self) -> float:
-        return 1 - int(self.values.count_nonzero()) / max(1, self.rows * self.columns)
-
     def dense(self) -> Tensor:
         """The matrix (rows, columns), in `kind`."""
         quads = self.offsets.diff().long()

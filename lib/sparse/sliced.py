@@ -50,10 +50,6 @@ class Sliced(Form):
     def rows(self) -> int:
         return len(self.order)
 
-    @property
-    def sparsity(self) -> float:
-        return 1 - int(self.values.view(torch.int16).count_nonzero()) / max(1, self.rows * self.columns)
-
     def dense(self) -> Tensor:
         """The matrix (rows, columns), in `kind`."""
         tensors = [self.values, self.gaps, self.starts, self.offsets, self.order]  # as compilers can follow
@@ -89,7 +85,7 @@ def pack_sliced(weight: Tensor) -> Sliced:
     """A matrix (rows, columns) without its zeros, on its own device; its values are rounded as `pack` rounds them."""
     kind, device, (rows, columns) = storage_kind(weight), weight.device, weight.shape
     strip = max(1, STRIP // max(1, columns) // ROWS) * ROWS
-    lengths = torch.cat([_Entries(part, kind).lengths for part in weight.split(strip)])
+    lengths = torch.cat([_lengths(part) for part in weight.split(strip)])
     order = lengths.argsort(descending=True, stable=True)
     longest = lengths[order[::ROWS]]  # of each slice
     parts = _parts(longest, rows)
@@ -101,14 +97,14 @@ def pack_sliced(weight: Tensor) -> Sliced:
     gaps = torch.zeros(total, lanes, GROUP, dtype=torch.uint8, device=device)
     starts = torch.zeros(len(groups), lanes, dtype=torch.int32, device=device)
     for first, some in zip(range(0, rows, strip), order.split(strip), strict=True):
-        entries = _Entries(weight[some], kind)
+        entries = _Entries(weight[some], kind, lengths[some])
         slices, row = (entries.rows + first) // ROWS, entries.rows % ROWS
         part, at = _divided(entries.places, groups[slices] * GROUP)
         lane, (group, step) = part * ROWS + row, _divided(at, GROUP)
         group += offsets[slices]
         values[group, step // 2, lane, step % 2] = entries.values
-        gaps[group, lane, step] = entries.gaps.masked_fill(at == 0, 0).to(torch.uint8)
         begins = at == 0
+        gaps[group, lane, step] = entries.gaps.masked_fill(begins, 0).to(torch.uint8)
         starts[slices[begins], lane[begins]] = entries.columns[begins].int()
     words = (gaps[..., ::2] | gaps[..., 1::2] << 4).view(torch.int32)
     return Sliced(
@@ -139,20 +135,30 @@ def _parts(longest: Tensor, rows: int) -> int:
     return best[1]
 
 
-class _Entries:
-    """What is kept of some rows, in order: their weights, and zeros no further apart than a gap can say.
+def _weights(weight: Tensor) -> tuple[Tensor, ...]:
+    """Of each weight, in order: its row, its column, its columns from the one before in the row, 0 where there is none,
+    and how many zeros bridge these.
+    """
+    rows, columns = weight.nonzero(as_tuple=True)
+    begins = rows.diff(prepend=rows.new_tensor([-1])) != 0
+    gaps = columns.diff(prepend=columns.new_zeros(1)).masked_fill_(begins, 0)
+    return rows, columns, gaps, (gaps - 1).clamp_(min=0) // FARTHEST
 
-    rows, columns, values, gaps, places  of each: its row, its column, its bits, its columns from the one before in the
-                                         row, and how many come before it there
-    lengths                              (rows) how many each row has
+
+def _lengths(weight: Tensor) -> Tensor:
+    """How many entries each row has."""
+    rows, _, _, bridges = _weights(weight)
+    return rows.new_zeros(len(weight)).index_add_(0, rows, bridges + 1)
+
+
+class _Entries:
+    """What is kept of some rows, of these `lengths`, in order: their weights, and zeros no further apart than a gap can
+    say. Of each its row, its column, its bits, its columns from the one before in the row, and how many come before it
+    there.
     """
 
-    def __init__(self, weight: Tensor, kind: torch.dtype):
-        device = weight.device
-        rows, columns = weight.nonzero(as_tuple=True)
-        begins = rows.diff(prepend=rows.new_tensor([-1])) != 0
-        gaps = columns.diff(prepend=columns.new_zeros(1)).masked_fill_(begins, 0)
-        bridges = (gaps - 1).clamp_(min=0) // FARTHEST  # zeros before each
+    def __init__(self, weight: Tensor, kind: torch.dtype, lengths: Tensor):
+        device, (rows, columns, gaps, bridges) = weight.device, _weights(weight)
         ends = (bridges + 1).cumsum(0)
         count = int(ends[-1]) if len(ends) else 0
         of = torch.arange(len(rows), device=device).repeat_interleave(bridges + 1, output_size=count)
@@ -163,5 +169,4 @@ class _Entries:
         self.gaps = torch.where(own, gaps[of] - FARTHEST * bridges[of], FARTHEST)
         bridged = FARTHEST * (bridges[of] - left + 1)
         self.columns = columns[of] - torch.where(own, 0, gaps[of] - bridged)
-        self.lengths = self.rows.bincount(minlength=len(weight))
-        self.places = torch.arange(count, device=device) - (self.lengths.cumsum(0) - self.lengths)[self.rows]
+        self.places = torch.arange(count, device=device) - (lengths.cumsum(0) - lengths)[self.rows]
