@@ -57,26 +57,52 @@ def dense_targets(
 
     A target is the model's distribution times 1 - label_share, and label_share, of all windows or of each (n,), for the
     token that follows. Towards such a mixture the divergence is, but for a constant, the two losses in these shares.
-    The last token of a window, which none follows, has the model's distribution alone.
+    The last token of a window, which none follows, has the model's distribution alone. Windows that have labels alone
+    are not passed through the model; their last tokens have no target.
 
     A model in float32 is passed in bfloat16 where the processor multiplies in it, as it is in training: that moves its
     distribution by less than a thousandth of a nat (docs/log.md).
     """
     shard, found = ranks.shard(windows), []
-    shares = ranks.shard(torch.as_tensor(label_share).expand(len(windows))).split(batch_size)
+    shares = ranks.shard(torch.as_tensor(label_share, dtype=torch.float32).expand(len(windows)))
+    asked = shares < 1
+    if not asked.any():
+        return Targets(shard, *_labels(shard, 1))
     passes = nullcontext
     if model.model.dtype == torch.float32:
         mixed = partial(mixed_precision, torch.float32, model.device.type)
         passes, _ = choose_autocast(mixed, lambda: model.forward_logits(windows[:1]))
-    with passes(), progress(None, "dense model", "window", total=len(shard)) as bar:
-        for (tokens, hidden), share in zip(last_hidden_states(model, shard, batch_size), shares, strict=True):
-            following, parts = F.pad(tokens[:, 1:], (0, 1), value=NONE), []
+    batches = zip(last_hidden_states(model, shard[asked], batch_size), shares[asked].split(batch_size), strict=True)
+    with passes(), progress(None, "dense model", "window", total=int(asked.sum())) as bar:
+        for (tokens, hidden), share in batches:
+            following, parts = _following(tokens), []
             for logits in logits_in_parts(model, hidden):
                 here, following = following.tensor_split([logits.shape[1]], dim=1)
                 parts.append(_mixed(logits, here.to(logits.device), share.to(logits.device)))
             found.append([torch.cat(kind, dim=1).cpu() for kind in zip(*parts, strict=True)])
             bar.update(len(tokens))
-    return Targets(shard, *(torch.cat(kind) for kind in zip(*found, strict=True)))
+    of_asked = [torch.cat(kind) for kind in zip(*found, strict=True)]
+    targets = _labels(shard, of_asked[0].shape[-1])
+    for kind, of_model in zip(targets, of_asked, strict=True):
+        kind[asked] = of_model
+    return Targets(shard, *targets)
+
+
+def _following(tokens: Tensor) -> Tensor:
+    """Of each token (n, S) the one that follows, NONE where none does."""
+    return F.pad(tokens[:, 1:], (0, 1), value=NONE)
+
+
+def _labels(windows: Tensor, told_apart: int) -> tuple[Tensor, Tensor]:
+    """Targets' ids and log-probabilities that are the labels alone, beside so many tokens; no target where none
+    follows.
+    """
+    label = _following(windows)[..., None]
+    ids = torch.arange(told_apart).repeat(*windows.shape, 1)  # whatever they are: they have no share
+    ids[..., -1:] = torch.where(label >= told_apart, label, ids[..., -1:])
+    log_probs = torch.full((*windows.shape, told_apart + 1), MIN_LOG_PROB)
+    log_probs[..., :-1].masked_fill_(ids == label, 0.0)
+    return ids.int(), log_probs
 
 
 def _mixed(logits: Tensor, following: Tensor, label_share: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +139,7 @@ class Divergence(torch.autograd.Function):
 
     The same as F.kl_div of log_probabilities, and its gradient, with what is as large as the logits computed a few
     tokens at a time: p_i - q_i for a token that is told apart, p_j (1 - q / p) for the others, with p and q the
-    probabilities of these others together.
+    probabilities of these others together. Nothing where all that is wanted is MIN_LOG_PROB: there is no target.
     """
 
     @staticmethod
@@ -127,13 +153,14 @@ class Divergence(torch.autograd.Function):
     def backward(ctx, scale: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, wanted, total, told_apart = ctx.saved_tensors
         rest = told_apart[:, -1:]
+        scale = scale * (wanted > MIN_LOG_PROB).any(-1, keepdim=True)
         # Where p underflows its tokens have none of the gradient: no product of 0 with infinity.
         others = 1 - (wanted[:, -1:] + (total - rest).clamp(max=80)).exp()
         own = (told_apart - total)[:, :-1].exp() - wanted[:, :-1].exp()
         gradient = torch.empty_like(logits)
         for at, part in _few(logits):
             of_part = (part.float() - total[at]).exp_().mul_(others[at])
-            gradient[at] = of_part.scatter_(-1, ids[at], own[at]).mul_(scale)
+            gradient[at] = of_part.scatter_(-1, ids[at], own[at]).mul_(scale[at])
         return gradient, None, None
 
 

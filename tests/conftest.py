@@ -6,6 +6,7 @@ from pathlib import Path
 import forking
 import pytest
 import torch
+from filelock import FileLock
 from shared import MODEL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -26,14 +27,18 @@ def exact_gradients(monkeypatch):
 def embedded(tmp_path_factory) -> Path:
     """The embedded model in an ordinary folder, written by the command with nothing to remove.
 
-    Reading its GGUF file takes half a minute: this is the one time that the tests do.
+    Reading its GGUF file takes half a minute: the first worker that wants it does, for all.
     """
-    out = tmp_path_factory.mktemp("embedded")
-    flags = ["--model", "smollm2", "--prune_method", "magnitude", "--sparsity_ratio", "0", "--no-eval_wikitext"]
-    folders = ["--cache_dir", str(MODEL.parent), "--save", str(out / "results"), "--save_model", str(out / "smollm2")]
-    done = forking.run("main.py", [*flags, *folders, "--device", "cpu", "--dtype", "float32"])
-    assert done.returncode == 0, done.stderr
-    assert "magnitude on smollm2:" in done.stdout
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded"
+    with FileLock(out.with_suffix(".lock")):
+        if not (out / "smollm2" / "config.json").is_file():
+            flags = ["--model", "smollm2", "--prune_method", "magnitude", "--sparsity_ratio", "0", "--no-eval_wikitext"]
+            folders = ["--cache_dir", str(MODEL.parent), "--save", str(out / "results")]
+            saved = ["--save_model", str(out / "smollm2"), "--device", "cpu", "--dtype", "float32"]
+            done = forking.run("main.py", [*flags, *folders, *saved])
+            assert done.returncode == 0, done.stderr
+            assert "magnitude on smollm2:" in done.stdout
     return out / "smollm2"
 
 

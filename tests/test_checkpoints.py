@@ -105,7 +105,7 @@ def reference(folder: Path, tokens: torch.Tensor) -> float:
 
 
 # DBRX refuses a tied head.
-CASES = [pair for pair in pairs(FORMS, at_least=4) if pair != ("dbrx", "own head")]
+CASES = [pair for pair in pairs(FORMS, at_least=3) if pair != ("dbrx", "own head")]
 
 
 @pytest.mark.parametrize(("architecture", "form"), CASES)
@@ -114,10 +114,10 @@ def test_every_path_reads_what_transformers_reads(architecture, form, tmp_path):
     expected = reference(make(form, architecture, folder), tokens)
     source = find_source(str(folder), str(tmp_path / "cache"))
     whole, streamed = load_model(source, "cpu"), open_model(source, "cpu")
+    assert whole.digest == streamed.digest
     streamed.load_non_blocks()
     assert perplexity(whole, tokens) == pytest.approx(expected, rel=1e-5)
     assert perplexity(streamed, tokens) == pytest.approx(expected, rel=1e-5)
-    assert whole.digest == streamed.digest == open_model(source, "cpu").digest
     assert (whole.parameters, whole.save_dtypes) == (streamed.parameters, streamed.save_dtypes)
 
 

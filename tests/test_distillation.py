@@ -92,7 +92,7 @@ def test_targets_are_the_models_own_distribution(fast, architecture, kept, monke
     assert torch.equal(targets.windows, tokens)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [0.25, 0.5])
 def test_the_token_that_follows_is_a_share_of_the_target(share, monkeypatch):
     """Towards the mixture the loss has the gradient of divergence and cross-entropy in their shares (float64)."""
     monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
@@ -127,12 +127,40 @@ def test_each_window_has_its_own_share(monkeypatch):
     monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
     monkeypatch.setattr(distillation, "TOP_K", 5)
     model, tokens = LanguageModel(tiny_model("llama_tied")), tiny_tokens(3)
-    shares = (0.5, 0.0, 1.0)
+    shares = (0.5, 0.0, 0.75)
     together = dense_targets(model, tokens, torch.tensor(shares), batch_size=2)
     for place, share in enumerate(shares):
         alone = dense_targets(model, tokens[place : place + 1], share)
         assert torch.equal(together.ids[place], alone.ids[0])
         torch.testing.assert_close(together.log_probs[place].exp(), alone.log_probs[0].exp(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_labels_alone_are_cross_entropy_and_take_no_pass(beside, monkeypatch):
+    """Of all windows, or of some of a batch: the loss and its gradient, in float64, of every token but the last."""
+    monkeypatch.setattr(precision, "fast_dtype", lambda _device: torch.float32)
+    monkeypatch.setattr(distillation, "TOP_K", 5)
+    passed, last_hidden_states = [], distillation.last_hidden_states
+    monkeypatch.setattr(
+        distillation, "last_hidden_states",
+        lambda model, windows, size: passed.append(windows) or last_hidden_states(model, windows, size),
+    )  # fmt: skip
+    model, tokens = LanguageModel(tiny_model("llama_tied")), tiny_tokens(3)
+    shares = torch.tensor([1.0, 0.0, 1.0]) if beside else 1.0
+    targets = dense_targets(model, tokens, shares, batch_size=2)
+    assert [windows.tolist() for windows in passed] == ([[tokens[1].tolist()]] if beside else [])
+    assert targets.ids.shape[-1] == (5 if beside else 1)
+    logits = 3 * torch.randn(2, *tokens.shape[1:], 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def reference(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits[:, :-1].mT, tokens[::2, 1:], reduction="sum")
+
+    def ours(logits: torch.Tensor) -> torch.Tensor:
+        ids, wanted = targets.ids[::2].long(), targets.log_probs[::2]
+        return Divergence.apply(*(kind.flatten(0, 1) for kind in (logits, ids, wanted)))
+
+    torch.testing.assert_close(ours(logits).double(), reference(logits), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient(ours, logits), gradient(reference, logits), rtol=1e-4, atol=1e-6)
 
 
 def grouped(probabilities: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
