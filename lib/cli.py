@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig)
         known = [option for action in parser._actions for option in action.option_strings]
         near = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
         guess = f"did you mean {' or '.join(near)}?" if near and flag.startswith("-") else "see --help"
-        raise RunError(f"{flag}: belongs to no flag; {guess}")
+        raise RunError(f"{flag}: is no flag; {guess}")
     return kind(**vars(namespace))
 
 

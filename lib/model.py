@@ -2,7 +2,8 @@
 
 With experts.py the only module that knows architectures. Blocks and matrices are found from the model's structure:
 the lists of modules that hold linear maps, and in each of them every nn.Linear, every Conv1D (GPT-2) and every expert
-of a stack of experts. Embeddings, norms, the head and routers are none; whatever else there is, is measured.
+of a stack of experts. Embeddings, norms, the head and routers are not pruned; `uncovered` has what else
+a block holds.
 """
 
 import re

@@ -79,8 +79,9 @@ class RunFlags(SharedFlags):
         shown="one a model under --cache_dir",
     )  # fmt: skip
     mapping_type: str = flag(
-        "block_wise", "where sparsities may differ: block_wise: one a block; layer_wise: one a matrix; mixed: the "
-        "block's mean, spread inside by matrix", group="method", choices=lambda: list(MAPPINGS),
+        "block_wise", "of *_ww, _owl, _dlp, _lsa and _search, where sparsities may differ: block_wise: one a block; "
+        "layer_wise: one a matrix; mixed: the block's mean, spread inside by matrix", group="method",
+        choices=lambda: list(MAPPINGS),
     )  # fmt: skip
     asymmetry: float | str = flag(
         0.0, "parameter of sparsegpt and alps: aim every matrix this part of the way from its own output on the pruned "
@@ -105,23 +106,24 @@ class RunFlags(SharedFlags):
         shown=f"{DISTILL:g}, and 1 with --calib_data self",
     )  # fmt: skip
     recover_self: int | None = flag(
-        None, "windows beside, written by the dense model, that recovery trains on, of the whole model by the "
-        "divergence alone: those of --calib_self, and further ones", group="method", when="recovers", least=0,
-        before=None, shown="those of --calib_self",
+        None, "windows that the dense model writes, those of --calib_self among them, on which recovery trains as "
+        "well; of the whole model by the divergence alone", group="method", when="recovers", least=0, before=None,
+        shown="those of --calib_self",
     )  # fmt: skip
     analyze_only: bool = flag(
         False, "measure every --WW_metric and stop; reads a checkpoint matrix by matrix, however large", group="method"
     )
     plan_only: bool = flag(
-        False, "stop when the sparsities are known: write them, and prune nothing", group="method", before=False
-    )
+        False, "stop when the sparsities are known: write them and their picture, and prune nothing", group="method",
+        before=False,
+    )  # fmt: skip
     calib_data: str = flag(
         "c4", "calibration text: c4, wikitext2, ptb, pydoc, a path, c4:PATH, or self: text that the dense model writes",
         group="calibration", when="calibrated",
     )  # fmt: skip
     calib_self: int = flag(
-        0, "calibration windows beside, written by the dense model", group="calibration", when="calibrated", least=0,
-        before=0,
+        0, "calibration windows that the dense model writes, beside those of --nsamples", group="calibration",
+        when="calibrated", least=0, before=0,
     )  # fmt: skip
     nsamples: int = flag(128, "calibration windows", group="calibration", when="calibrated", least=1)
     seqlen: int | None = flag(

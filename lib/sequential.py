@@ -1,4 +1,4 @@
-"""The one loop over blocks: collect, hand over, propagate (METHODS: Wanda, SparseGPT, sequentially)."""
+"""Sequential pruning: of each block collect the inputs' statistics, prune its matrices, propagate, and so on."""
 
 import functools
 import logging

@@ -84,11 +84,11 @@ def test_the_published_command(model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sparsity_rate", "0.5"], "--sparsity_rate: belongs to no flag; did you mean --sparsity_ratio?"),
-        (["--eval_wikitexts"], "--eval_wikitexts: belongs to no flag; did you mean --eval_wikitext?"),
-        (["--seeds=1"], "--seeds: belongs to no flag; did you mean --seed?"),
-        (["--sparsity", "0.5"], "--sparsity: belongs to no flag; did you mean --sparsity_ratio or --sparsity_type?"),
-        (["stray"], "stray: belongs to no flag; see --help"),
+        (["--sparsity_rate", "0.5"], "--sparsity_rate: is no flag; did you mean --sparsity_ratio?"),
+        (["--eval_wikitexts"], "--eval_wikitexts: is no flag; did you mean --eval_wikitext?"),
+        (["--seeds=1"], "--seeds: is no flag; did you mean --seed?"),
+        (["--sparsity", "0.5"], "--sparsity: is no flag; did you mean --sparsity_ratio or --sparsity_type?"),
+        (["stray"], "stray: is no flag; see --help"),
     ],
 )
 def test_what_belongs_to_no_flag(flags, message, unchecked):

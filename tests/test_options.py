@@ -125,7 +125,7 @@ def test_auto_is_for_one_parameter_of_an_allocation():
     [
         ("magnitude_seesaw", ["--seesaw_tilt", "0.6"], "--seesaw_tilt 0.6: must lie in [0, 0.5]"),
         ("magnitude_seesaw", ["--seesaw_tilt", "far"], "--seesaw_tilt: 'far' is neither a number nor auto"),
-        ("last", ["--seesaw_tilts", "1"], "--seesaw_tilts: belongs to no flag; did you mean --seesaw_tilt?"),
+        ("last", ["--seesaw_tilts", "1"], "--seesaw_tilts: is no flag; did you mean --seesaw_tilt?"),
         ("last", ["--last_power", "0"], "--last_power 0: must be above 0"),
         ("last", ["--last_power", "nan"], "--last_power nan: must be above 0"),
     ],

@@ -246,12 +246,14 @@ def test_a_plan_is_what_the_run_does(method, more, settings, tmp_path, monkeypat
         assert all(torch.equal(value, before[name]) for name, value in models[0].model.state_dict().items())
 
 
-def test_a_plan_reads_no_text_that_it_does_not_need(settings, tmp_path):
-    """Neither of the data sets exists; --plot draws the sparsities."""
+@pytest.mark.parametrize("plot", [False, True])
+def test_a_plan_reads_no_text_that_it_does_not_need(plot, settings, tmp_path):
+    """Neither of the data sets exists; the sparsities are drawn, with --plot or without."""
     settings = {**settings, "calib_data": "c4", "eval_data": "ptb"}
     method = {"prune_method": "alps_er", "asymmetry": "auto"}
-    config = RunConfig(**settings, **method, sparsity_ratio=0.6, plan_only=True, plot=True)
+    config = RunConfig(**settings, **method, sparsity_ratio=0.6, plan_only=True, plot=plot)
     record = main.run(config)
+    assert (results.run_folder(config) / "report.html").is_file() == plot
     assert record["sparsity"]["target"] == 0.6
     assert (results.run_folder(config) / "plots" / "sparsity-depth.png").is_file()
     assert not (tmp_path / "out" / "results.tsv").exists()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..config import RunConfig
 from ..stopwatch import Stopwatch
 from .checkpoint import describe_checkpoint
-from .report import write_report
+from .report import draw_plan, write_report
 from .run import append_result, build_record, write_run
 
 
@@ -48,6 +48,8 @@ class PruningRecord:
         folder = write_run(self._config, final)
         if self._config.plot:
             write_report(folder, final, scores, esds)
+        elif self._config.plan_only:
+            draw_plan(folder, final)
         if self._config.plan_only:
             return final
         append_result(self._config, final)

@@ -40,6 +40,15 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
     write_text(folder / "report.html", _page(record, pictures))
 
 
+def draw_plan(folder: Path, record: dict) -> None:
+    """Draw the planned sparsities into `folder`/plots/sparsity-depth.png."""
+    if ranks.is_main():
+        from ..plots import draw_sparsities, png
+
+        planned = draw_sparsities(record["layers"], record["sparsity"]["target"])
+        write_bytes(folder / "plots" / "sparsity-depth.png", png(planned))
+
+
 def _page(record: dict, pictures: dict[str, bytes]) -> str:
     title = escape(f"AlphaPruning: {record['run']}")
     images = "\n".join(
