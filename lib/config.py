@@ -219,7 +219,7 @@ class RunConfig(RunFlags):
     def _plans_on_trial(self) -> bool:
         """Whether sparsities are chosen by pruning on trial."""
         chosen = AUTO in [getattr(self, option.name) for option in self._allocation.options]
-        return self._allocation.measured or chosen
+        return self._allocation.uses_trials or chosen
 
     @property
     def held_out(self) -> int:
@@ -234,7 +234,7 @@ class RunConfig(RunFlags):
     @property
     def stands_in(self) -> bool:
         """Whether a cheaper pruner measures sparsities, unless the target is asymmetric (lib/trials.py)."""
-        return self._allocation.measured and PRUNERS[self.pruner].needs == "gram" and self.asymmetry in (0, AUTO)
+        return self._allocation.uses_trials and PRUNERS[self.pruner].needs == "gram" and self.asymmetry in (0, AUTO)
 
     @property
     def weighs_rows(self) -> bool:
@@ -243,7 +243,7 @@ class RunConfig(RunFlags):
 
     @property
     def takes_gradients(self) -> bool:
-        return self.weighs_rows or self._allocation.measured
+        return self.weighs_rows or self._allocation.uses_trials
 
     @property
     def samples_calibration(self) -> bool:
@@ -301,7 +301,7 @@ class RunConfig(RunFlags):
                 unread |= {"fisher"}
         if self.sparsity == 0:
             unread |= {"recover"}
-        if not self._allocation.granular:
+        if not self._allocation.reads_mapping:
             unread |= {"mapping_type"}
         if not self.scored and not self.plot:
             unread |= {"ww_metric", "ww_metric_cache"}

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 ADD_BOS = ("once", "every")
 SAMPLED = "self"  # in place of a corpus to calibrate on: what the dense model writes (lib/sampling.py)
-SHARD = "c4:"  # before a path: drawn and evaluated as c4 is
+C4_PREFIX = "c4:"  # before a path: drawn and evaluated as c4 is
 FLAGS = {"calibration": "--calib_data", "evaluation": "--eval_data", "training": "--data"}
 PARTS = {"calibration": "train", "evaluation": "test", "training": "train"}  # of a saved folder that has several
 RUN = 32  # tokens in a row that two texts have in common where one holds a part of the other
@@ -225,14 +225,14 @@ def find_corpus(flag: str, name: str) -> Corpus:
     """The corpus of that name or path; RunError naming `flag` where there is none. Reads no text."""
     if name in CORPORA:
         return CORPORA[name]
-    path = Path(bare := name.removeprefix(SHARD)).expanduser()
+    path = Path(bare := name.removeprefix(C4_PREFIX)).expanduser()
     if (bare and path.is_dir()) or texts.file_format(path):
         if not path.exists():
             raise RunError(f"{flag} {name}: no such file")
         label = f"{flag} {name}"
-        if name.startswith(SHARD):
+        if name.startswith(C4_PREFIX):
             if texts.file_format(path) == ".txt":
-                raise RunError(f"{label}: {SHARD} draws documents, and a .txt is one; give rows of JSON or parquet")
+                raise RunError(f"{label}: {C4_PREFIX} draws documents, and a .txt is one; give rows of JSON or parquet")
             return _c4(lambda split, _: (label, path))
         # A .txt is one row and so used verbatim, whatever would join it.
         return Corpus(lambda split, _: texts.rows(label, path, PARTS[split]))
@@ -241,7 +241,7 @@ def find_corpus(flag: str, name: str) -> Corpus:
         raise RunError(f"{flag} {name}: a file must end in one of {accepted}")
     own = [SAMPLED] if flag == FLAGS["calibration"] else []
     raise unknown_name(
-        flag, name, [*CORPORA, *own, f"a path to a {accepted} or a saved data set", f"{SHARD} and such a path"]
+        flag, name, [*CORPORA, *own, f"a path to a {accepted} or a saved data set", f"{C4_PREFIX} and such a path"]
     )
 
 

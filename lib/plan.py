@@ -71,7 +71,7 @@ def plan(
             )[config.allocation],
         )  # fmt: skip
         of_blocks = {int(block): value for block, value in of_blocks.items()}  # which JSON remembers as strings
-    elif allocation.measured:
+    elif allocation.uses_trials:
         if config.stands_in and not asymmetry:
             trials, tried_at = trials_by(stand_in=True), _stand_in_sparsity(config)
         own, attribution = trials.attribute_loss(tried_at, asymmetry, config.pattern.group)
@@ -91,12 +91,12 @@ def plan(
                 candidates[value] = candidate(value)
         searches.append(trials.grid_search(name, candidates))
         options[name] = searches[-1]["chosen"]
-    elif allocation.measured and parameter and options[name]:
+    elif allocation.uses_trials and parameter and options[name]:
         searches.append(trials.backtrack(name, options[name], candidate, attribution["uniform"]))
         options[name] = searches[-1]["chosen"]
     return {
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
-        "asymmetry": asymmetry, "scores": own if allocation.granular else {}, "searches": searches, "events": events,
+        "asymmetry": asymmetry, "scores": own if allocation.reads_mapping else {}, "searches": searches, "events": events,
     }  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def check_plan(config: RunConfig, model: LanguageModel) -> None:
     """Raises RunError, before anything is run, where an allocation that measures nothing cannot be met."""
     allocation = ALLOCATIONS[config.allocation]
     chosen = any(config.options[option.name] == AUTO for option in allocation.options)
-    if not (allocation.measures or chosen):
+    if not (allocation.reads_model or chosen):
         allocate(config.allocation, problem_of(config, model), config.pattern.group)
 
 

@@ -169,7 +169,7 @@ def allocation_scores(
         read = [(matrix.weight, step.stats.get(matrix.name)) for matrix in step.matrices]
         for name, allocation in allocations.items():
             own, whole = found[name]
-            by_block = allocation.granular and mapping != "layer_wise"
+            by_block = allocation.reads_mapping and mapping != "layer_wise"
             if by_block and read:
                 whole[step.block] = allocation.score(read, options)
             for matrix, one in zip(step.matrices, read, strict=True):

@@ -292,7 +292,7 @@ def test_lamp_is_one_threshold_on_all_scores(sparsity):
     assert mean(found, case.sizes) == pytest.approx(sparsity)
 
 
-@pytest.mark.parametrize("method", [name for name in ALLOCATIONS if ALLOCATIONS[name].granular])
+@pytest.mark.parametrize("method", [name for name in ALLOCATIONS if ALLOCATIONS[name].reads_mapping])
 @pytest.mark.parametrize("mapping", MAPPINGS)
 def test_every_granularity_meets_the_budget(method, mapping):
     scores, sizes = [3.0, 1.0, 2.0, 5.0, 4.0, 6.0], [10, 20, 30, 10, 20, 30]

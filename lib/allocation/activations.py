@@ -50,7 +50,7 @@ def outliers(matrices: Sequence[tuple[Tensor, InputStats | None]], options: Mapp
     return 100 * float((scores > options["owl_m"] * scores.mean()).float().mean())
 
 
-@allocation("owl", score=outliers, needs="diagonal", options=(OWL_LAMBDA, OWL_M), granular=True)
+@allocation("owl", score=outliers, needs="diagonal", options=(OWL_LAMBDA, OWL_M), reads_mapping=True)
 def owl(problem: Problem) -> dict[str, float]:
     """Outlier-weighed layer-wise sparsity (Yin et al. 2023, arXiv 2310.05175): more outliers keep more weights."""
     span = problem.options["owl_lambda"]
@@ -62,7 +62,7 @@ def median_score(matrices: Sequence[tuple[Tensor, InputStats | None]], _options:
     return float(torch.cat([wanda_scores(*matrix).flatten() for matrix in matrices]).median())
 
 
-@allocation("dlp", score=median_score, needs="diagonal", options=(DLP_ALPHA,), granular=True)
+@allocation("dlp", score=median_score, needs="diagonal", options=(DLP_ALPHA,), reads_mapping=True)
 def dlp(problem: Problem) -> dict[str, float]:
     """Dynamic layer-wise pruning (Chen et al. 2025, arXiv 2505.23807): a low median keeps more weights."""
     span = problem.options["dlp_alpha"]
@@ -107,7 +107,7 @@ def mean_reconstruction_error(
     return sum(errors) / len(errors)
 
 
-@allocation("lsa", score=mean_reconstruction_error, needs="gram", options=(LSA_ALPHA,), granular=True)
+@allocation("lsa", score=mean_reconstruction_error, needs="gram", options=(LSA_ALPHA,), reads_mapping=True)
 def lsa(problem: Problem) -> dict[str, float]:
     """Layer-wise sparsity allocation (ICLR 2026, OpenReview xq3lza5IjN): by reconstruction errors, then as DLP."""
     span = problem.options["lsa_alpha"]

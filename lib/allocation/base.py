@@ -68,8 +68,8 @@ class Allocation:
     score         or a score of its own, of the dense model's weights and inputs
     needs         what of the inputs that score reads (lib/stats.py)
     options       its parameters, which are flags: 0 of the first is uniform, and `auto` chooses at most one of them
-    measured      whether its scores come from pruning the model on trial (lib/trials.py)
-    granular      whether --mapping_type matters
+    uses_trials   whether its scores come from pruning the model on trial (lib/trials.py)
+    reads_mapping whether --mapping_type matters
     given         whether the user says each sparsity: none is rounded, and their mean is what it is
     """
 
@@ -78,8 +78,8 @@ class Allocation:
     score: Score | None = None
     needs: str = "nothing"
     options: tuple[Option, ...] = ()
-    measured: bool = False
-    granular: bool = False
+    uses_trials: bool = False
+    reads_mapping: bool = False
     given: bool = False
 
     def __post_init__(self):
@@ -87,9 +87,9 @@ class Allocation:
             raise ValueError("`auto` can choose one parameter of an allocation, not several")
 
     @property
-    def measures(self) -> bool:
+    def reads_model(self) -> bool:
         """Whether it reads more than the matrices' names and shapes."""
-        return self.needs_scores or self.score is not None or self.measured
+        return self.needs_scores or self.score is not None or self.uses_trials
 
 
 ALLOCATIONS: Registry[Allocation] = Registry("--prune_method")

@@ -20,7 +20,7 @@ STRENGTH = Option(
 )  # fmt: skip
 
 
-@allocation("search", measured=True, options=(STRENGTH,), granular=True)
+@allocation("search", uses_trials=True, options=(STRENGTH,), reads_mapping=True)
 def search(problem: Problem) -> dict[str, float]:
     """Equal marginal losses: s_k = S + strength / KAPPA * (mean(log m) - log m_k), and then exactly to the budget.
 

@@ -13,7 +13,7 @@ EPSILON = Option(
 )  # fmt: skip
 
 
-@allocation("ww", needs_scores=True, options=(EPSILON,), granular=True)
+@allocation("ww", needs_scores=True, options=(EPSILON,), reads_mapping=True)
 def ww(problem: Problem) -> dict[str, float]:
     """r_k = 1 - eps + 2 eps (q_k - min q) / (max q - min q), scaled to the budget."""
 
