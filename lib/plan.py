@@ -96,7 +96,8 @@ def plan(
         options[name] = searches[-1]["chosen"]
     return {
         "targets": allocate(config.allocation, problem, config.pattern.group, events=events),
-        "asymmetry": asymmetry, "scores": own if allocation.reads_mapping else {}, "searches": searches, "events": events,
+        "asymmetry": asymmetry, "scores": own if allocation.reads_mapping else {}, "searches": searches,
+        "events": events,
     }  # fmt: skip
 
 
