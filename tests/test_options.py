@@ -101,8 +101,8 @@ def test_a_pruners_parameter_reaches_it(kind, words, tmp_path):
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_metrics_parameter_reaches_it_and_its_cache(order, kind, words, tmp_path):
     """Of the singular values' squares: their sum is the squared norm, that of their squares the Gram matrix's."""
-    flags = ["--prune_method", "magnitude_ww", "--WW_metric", "moment", "--moment_order", str(order), "--plot"]
-    assert command(kind, [*words, *flags]) == 0
+    flags = ["--prune_method", "magnitude_ww", "--WW_metric", "moment", "--moment_order", str(order)]
+    assert command(kind, [*words, *flags, *(["--plot"] if order == 2 else [])]) == 0
     made = record(tmp_path)
     assert made["run"].startswith(f"magnitude_ww-0.5-moment-moment_order{order}-eps0.2-seed0-")
     layer = made["layers"][3]
