@@ -21,6 +21,7 @@ from .placement import device_map_options
 from .shards import ShardedModel, Shards
 
 VOCABULARIES = ("*token*", "vocab*", "*.model", "tekken.json")  # the names of files that make a tokenizer
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def load_tokenizer(source: Source):
 
 def choose_device(device: str) -> str:
     """`auto` is cuda where there is one, else cpu. Raises RunError for a device that is not there."""
+    device = str(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and ranks.world_size() > 1:
@@ -181,9 +183,12 @@ def choose_device(device: str) -> str:
 
 def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
     """`auto` is float32 on the CPU; on cuda bfloat16 where the checkpoint is, else float16."""
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise RunError(f"--dtype: '{dtype}' is unknown; choose {', '.join(DTYPES)}")
     if dtype != "auto":
         return getattr(torch, dtype)
-    if device == "cpu":
+    if str(device) == "cpu":
         return torch.float32
     return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
 

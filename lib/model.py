@@ -240,9 +240,7 @@ class LanguageModel:
         not fit, for the first parameter that holds NaN or infinity, and for a model that reads ahead, that changes its
         own weights, or whose logits are not to be had from its last hidden state.
         """
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
-            raise RunError(f"--model {self.name}: its tokenizer gives tokens beyond the {known} that the model has")
+        known = check_tokens(self.name, self.model, *windows)
         for matrix in self.matrices:
             if pattern.group and matrix.shape[1] % pattern.group:
                 raise RunError(
@@ -349,6 +347,14 @@ class LanguageModel:
             f"--model {self.name}: {type(self.model).__name__} computes its logits without its "
             f"{type(self.body).__name__}; it is not supported"
         )
+
+
+def check_tokens(name: str, model: nn.Module, *windows: Tensor | None) -> int:
+    """How many tokens the model has. Raises RunError for windows with others."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if any(tokens is not None and int(tokens.max()) >= known for tokens in windows):
+        raise RunError(f"--model {name}: its tokenizer gives tokens beyond the {known} that the model has")
+    return known
 
 
 def _find_matrices(block: nn.Module, prefix: str, index: int) -> tuple[list[Matrix], list[str]]:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from .allocation import ALLOCATIONS
 from .allocation.base import MAPPINGS
 from .flags import flag
+from .load import DTYPES
 from .metrics import METRICS
 from .options import with_options
 from .pruners import PRUNERS
-from .shared_flags import DISTILL, DTYPES, SharedFlags
+from .shared_flags import DISTILL, SharedFlags
 
 OPTIONED = (ALLOCATIONS, PRUNERS, METRICS)  # whose entries have options, which are flags
 RECOVERIES = ("none", "block", "model")

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from .data import ADD_BOS, find_corpus
 from .flags import Flags, flag
 from .harness_tasks import PAPER
-from .load import choose_device, locate
+from .load import DTYPES, choose_device, locate
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DISTILL = 0.5  # share of the divergence from the dense model in a loss that has the text's own beside it
 
 

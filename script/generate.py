@@ -27,8 +27,8 @@ from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
 from lib.attention import without_cudnn_attention
 from lib.cli import parse, set_up_logging, take_interrupts
 from lib.flags import Flags, flag
-from lib.load import Source, choose_device, context_length, load_config
-from lib.shared_flags import DTYPES
+from lib.load import DTYPES, Source, choose_device, context_length, load_config
+from lib.model import check_tokens
 from lib.sparse import own_dtype
 
 PURPOSE = __doc__.splitlines()[0]
@@ -84,6 +84,7 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
         model = load_model(source, options.device, str(dtype).removeprefix("torch.")).model
     else:
         model = sparse_model(source, device=options.device, dtype=options.dtype, compiled=options.static)
+    check_tokens(source.name, model, tokens)
     tokens = tokens.to(model.get_input_embeddings().weight.device)
     own = model.generation_config
     config = transformers.GenerationConfig(
@@ -96,10 +97,10 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
         write() if options.static else model(tokens)  # what is compiled is compiled before the clock starts
         streamer, begin = Timed(tokenizer), time.perf_counter()
         write(streamer=streamer)
-    first, *_, last = times = streamer.times[1:]
-    rate = (len(times) - 1) / (last - first) if len(times) > 1 else float("nan")
+    times = streamer.times[1:]
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
     held = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
-    return "dense" if dense else "sparse", first - begin, rate, sum(held.values()) / 1e9, peak() / 1e9
+    return "dense" if dense else "sparse", times[0] - begin, rate, sum(held.values()) / 1e9, peak() / 1e9
 
 
 def forget_peak() -> None:

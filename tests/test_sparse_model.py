@@ -5,6 +5,8 @@ import importlib.util
 import logging
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -610,6 +612,18 @@ def test_generate_compares(folder, more):
     assert re.search(r"(79|80)\.\d % zeros", done.stderr)
 
 
+def test_one_token_has_no_rate_and_an_unknown_one_is_refused(folder, tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "script/generate.py"))
+    options = {"model": str(folder), "device": "cpu"}
+    script["generate"](script["GenerateFlags"](**options, prompt="w1 w2", max_new_tokens=1))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| sparse"))
+    assert row.split("|")[3].strip() == "nan"
+    save_tokenizer(shutil.copytree(folder, tmp_path / "beyond"), first=60)
+    options["model"] = str(tmp_path / "beyond")
+    with pytest.raises(RunError, match="its tokenizer gives tokens beyond the 96 that the model has"):
+        script["generate"](script["GenerateFlags"](**options, prompt="w1 w50", max_new_tokens=1))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -642,3 +656,99 @@ def test_compressed_size(tmp_path):
     size, compressed = compressed_size(tmp_path)
     assert size == len(data)
     assert compressed == pytest.approx(whole, rel=0.05)
+
+
+# ---------------------------------------------------------------- what others do with such a layer
+
+
+def float32_layer(size: int = 64, bias: bool = False) -> SparseLinear:
+    return SparseLinear(pack(torch.eye(size)), torch.ones(size) if bias else None, torch.float32)
+
+
+def test_prompts_after_inference_mode():
+    """The memory that strips are unpacked into serves every layer of the thread, in whatever mode."""
+    layer, x = float32_layer(67), torch.randn(3, 67)
+    with torch.inference_mode():
+        layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x)
+
+
+def test_what_writes_to_the_weight_changes_the_layer():
+    layer, ones = float32_layer(4), torch.ones(1, 4)
+    layer.weight.data.copy_(3 * torch.eye(4))
+    assert layer(ones).tolist() == [[3.0] * 4]
+    layer.weight[0] = 0
+    assert layer(ones).tolist() == [[0.0, 3, 3, 3]]
+    torch.mul(layer.weight, 2, out=layer.weight)
+    assert layer(ones).tolist() == [[0.0, 6, 6, 6]]
+    layer.weight.mul_(0.5)
+    assert layer(ones).tolist() == [[0.0, 3, 3, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_is_that_of_an_ordinary_layer(dtype):
+    layer = float32_layer(bias=True).to(dtype)
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
+    assert layer.weight.dtype == dtype
+    assert float32_layer().to("cpu").weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
+def test_a_model_loads_its_own_state_and_that_of_a_dense_one(architecture):
+    dense, tokens = prune(LanguageModel(tiny_model(architecture))), tiny_tokens(2)
+    sparse = sparse_model(copy.deepcopy(dense.model), threshold=0.5)
+    other = sparse_model(prune(LanguageModel(tiny_model(architecture, seed=1))), threshold=0.5)
+    with torch.no_grad():
+        expected = sparse(tokens).logits
+        for state in (sparse.state_dict(), dense.model.state_dict()):
+            other(tokens)
+            other.load_state_dict(state)
+            assert torch.equal(other(tokens).logits, expected)
+    layer = next(layer for layer in sparse.modules() if isinstance(layer, SparseLinear))
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
+        layer.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "weight"})
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        layer.load_state_dict(layer.state_dict() | {"weight": torch.zeros(3, 5)})
+
+
+def test_two_models_at_once():
+    tokens, models = tiny_tokens(2), [prune(LanguageModel(tiny_model("llama", seed=seed))) for seed in (0, 1)]
+    with torch.no_grad():
+        expected = [model.model(tokens).logits for model in models]
+        sparse = [sparse_model(model, threshold=0.5) for model in models]
+        for _ in range(2):
+            for model, logits in zip(sparse, expected, strict=True):
+                torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_infinity_by_columns_stays_where_there_are_weights():
+    weight = sparse_matrix(9, 300, torch.bfloat16, 0.7)
+    weight[:, (0, 256)], weight[3, 0] = 0, 1
+    for column in (0, 256):
+        x = torch.randn(1, 300)
+        x[0, column] = torch.inf
+        finite = cpu.multiply(pack_indexed(weight), x)[0].isfinite()
+        assert torch.equal(finite, weight[:, column] == 0)
+
+
+def test_an_infinite_weight_does_not_choose_the_values_type():
+    weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert pack(weight).kind == torch.float16
+    weight[0, 0] = torch.inf
+    assert pack(weight).kind == torch.float16
+    weight[0, 1] = 1e6  # beyond float16's range
+    assert pack(weight).kind == torch.bfloat16
+
+
+def test_devices_and_types_as_torch_has_them(tmp_path):
+    model = prune(LanguageModel(tiny_model("llama")))
+    save_checkpoint(model, tmp_path)
+    made = sparse_model(tmp_path, device=torch.device("cpu"), threshold=0.5)
+    assert made.dtype == torch.float32
+    assert sparse_model(tmp_path, device="cpu", dtype=torch.bfloat16, threshold=0.5).dtype == torch.bfloat16
+    with pytest.raises(RunError, match="--dtype: 'foo' is unknown"):
+        sparse_model(tmp_path, device="cpu", dtype="foo")
+    with pytest.raises(RunError, match=r"threshold 50: must lie in \[0, 1\]"):
+        sparse_model(tmp_path, device="cpu", threshold=50)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import RunError
 from ..load import Source, choose_device, choose_dtype, find_source, load_config, load_model, open_model
 from ..memory import eager_release
 from ..model import LanguageModel, Matrix
@@ -36,13 +37,16 @@ def sparse_model(
                from: then block by block, so that the dense model is never held
     device     of one that is loaded
     dtype      likewise; auto: bfloat16 where the checkpoint is, float32 for others on the CPU, as main.py on cuda
-    threshold  the sparsity from which a matrix is packed; None: where its product is faster for it on this machine,
-               which is measured, as is in which form
+    threshold  the sparsity, in [0, 1], from which a matrix is packed, on a CPU by masks and for one token at a time;
+               None: where its product is faster for it on this machine, which is measured, as is in which form and
+               for how many tokens
     compiled   whether it will run compiled, as `generate` does it on cuda with a static cache: what launching takes
                from Python does not count then
 
     Raises RunError where a model cannot be loaded. What stays dense, and why, is said in the log.
     """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise RunError(f"threshold {threshold:g}: must lie in [0, 1]")
     with eager_release():
         if isinstance(model, (str, Path)):
             model = find_source(str(model))

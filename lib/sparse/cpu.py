@@ -93,7 +93,8 @@ def _buffer(dtype: torch.dtype, numbers: int) -> Tensor:
     """Memory of this thread that is used again and again: fresh pages would cost as much as the product."""
     found = _scratch.__dict__.get(dtype)
     if found is None or len(found) < numbers:
-        found = _scratch.__dict__[dtype] = torch.empty(numbers, dtype=dtype)
+        with torch.inference_mode(False):  # whose tensors cannot be written to outside of it
+            found = _scratch.__dict__[dtype] = torch.empty(numbers, dtype=dtype)
     return found
 
 

@@ -90,7 +90,12 @@ def storage_kind(weight: Tensor) -> torch.dtype:
     """
     if weight.dtype in KINDS:
         return weight.dtype
-    return min(KINDS, key=lambda kind: float((weight - weight.to(kind).to(weight.dtype)).square().sum()))
+    finite = weight.isfinite()
+
+    def error(kind: torch.dtype) -> float:
+        return float(torch.where(finite, weight - weight.to(kind).to(weight.dtype), 0).square().sum())
+
+    return min(KINDS, key=error)
 
 
 def bytes_per_weight(sparsity: float) -> float:

@@ -70,5 +70,8 @@ def _packed(weight: Tensor, kind: torch.dtype) -> tuple[Tensor, ...]:
     places = torch.zeros_like(values, dtype=torch.uint8)
     values.view(-1)[at] = found
     places.view(-1)[at] = torch.arange(BLOCK, device=device).to(torch.uint8).expand_as(mask)[mask]
+    fills = torch.ones_like(values, dtype=torch.bool)
+    fills.view(-1)[at] = False
+    places = torch.where(fills, places[:, :1], places)  # no other column is read for a zero
     blocks = torch.arange(count, device=device).to(torch.uint8 if count <= 256 else torch.int32).repeat(rows)
     return values, places, blocks.repeat_interleave(quads, output_size=len(values)), quads.view(rows, count).sum(1)

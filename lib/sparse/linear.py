@@ -74,6 +74,7 @@ class SparseLinear(nn.Module):
         """Moved to where it cannot be multiplied as it is packed, it is packed as is right there."""
         before = self.offsets.device
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=before)).dtype
         if self._form not in forms_for(self.offsets) and not self.offsets.is_meta:
             if before.type == "cuda":
                 torch.cuda.synchronize(before)  # a copy to the host may not wait to be there
@@ -109,19 +110,36 @@ class SparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self._dense()
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """From what an ordinary layer has saved."""
+        name = prefix + "weight"
+        beside = {key: value for key, value in state_dict.items() if key.startswith(prefix) and key != name}
+        super()._load_from_state_dict(beside, prefix, local_metadata, strict, missing, unexpected, errors)
+        shape = (self.out_features, self.in_features)[:: -1 if self.transposed else 1]
+        if name not in state_dict:
+            missing.append(name)
+        elif state_dict[name].shape != shape:
+            errors.append(f"size mismatch for {name}: {tuple(state_dict[name].shape)} in place of {shape}")
+        else:
+            self.write(state_dict[name].to(self.offsets.device, self.dtype))
+
 
 class _Shown(Tensor):
-    """A layer's weight, unpacked. What changes it in place changes the layer: some models scale their weights."""
+    """A layer's weight, unpacked. What changes it in place changes the layer: some models scale their weights. Views of
+    it, such as its transpose, are copies.
+    """
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        name = function.__name__
-        if function is Tensor.data.__get__:
+        name, kwargs = function.__name__, kwargs or {}
+        if function == Tensor.data.__get__:
             return args[0]
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        changed = args[0] if in_place else kwargs.get("out")
         with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **(kwargs or {}))
-            if name.endswith("_") and not name.endswith("__") and isinstance(args[0], cls):
-                args[0].layer.write(args[0].as_subclass(Tensor))
+            result = function(*args, **kwargs)
+            if isinstance(changed, cls):
+                changed.layer.write(changed.as_subclass(Tensor))
         return result
 
 

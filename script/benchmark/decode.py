@@ -129,6 +129,8 @@ def fill(
 ) -> list[dict]:
     """The rows of a table, those that it lacks made and put down one by one."""
     rows = list(csv.DictReader(file.open())) if file.is_file() else []
+    if others := {row["machine"] for row in rows} - {machine()}:
+        raise SystemExit(f"{file}: holds rows of {others.pop()}, and this is {machine()}; give another folder")
     known = {tuple(row[key] for key in keys) for row in rows}
     with file.open("a", newline="") as out:
         writer = csv.DictWriter(out, columns)
