@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from types import MappingProxyType
 
 from torch import Tensor
@@ -88,7 +90,7 @@ def measure(
                             bar.set_postfix_str(matrix.name, refresh=False)
                             with cores_for_blas(matrix.shape):
                                 spectrum = Spectrum(published_precision(matrix.weight))
-                                values[matrix.name] = {e: _say(wanted[e][1], spectrum, matrix.name) for e in entries}
+                                values[matrix.name] = {e: _say(e, wanted[e][1], spectrum, matrix.name) for e in entries}
                 for measured in ranks.all_gather(values):
                     for name, of_matrix in measured.items():
                         for entry, value in of_matrix.items():
@@ -120,13 +122,16 @@ def _cost(matrix: Matrix) -> float:
     return small**2 * (large + 4 / 3 * small)
 
 
-def _say(function: Callable, spectrum: Spectrum, name: str) -> object:
+def _say(entry: str, function: Callable, spectrum: Spectrum, name: str) -> object:
     try:
-        return function(spectrum)
+        found = function(spectrum)
     except DegenerateSpectrumError as error:
         return str(error)
     except ValueError as error:
         raise RunError(f"{name}: {error}") from error
+    if not isinstance(found, dict) and not (isinstance(found, Real) and math.isfinite(found)):
+        raise RunError(f"--WW_metric {entry}: gives {found!r} for {name}, which is no finite number")
+    return found
 
 
 def _complete(model: LanguageModel, metric: str, found: dict, events: list[dict]) -> dict[str, float]:

@@ -112,6 +112,8 @@ class Trials:
             if tried[-1]["perplexity"] < most:
                 chosen = smaller
                 break
+        else:
+            log.info("%s: uniform sparsities have %.4f and no trial has less: 0 is taken", parameter, most)
         return self._record(parameter, tried, chosen)
 
     @contextmanager

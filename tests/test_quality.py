@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny import tiny_model
 
 from lib import LanguageModel, Problem, RunError, allocate, find_source, layer_quality, load_model
 from lib.metrics import METRICS
+from lib.metrics.base import Metric
 from lib.results import MetricCache
 
 
@@ -103,3 +105,13 @@ def test_esds_hold_the_histogram_and_the_fit():
     for name, esd in esds.items():
         assert esd["alpha"] == scores["alpha"][name]
         assert sum(esd["counts"]) == min(next(m.shape for m in model.matrices if m.name == name))
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "0.5"])
+def test_a_metric_that_gives_no_number_ends_in_one_line(value, tmp_path, monkeypatch):
+    """And nothing of it is kept."""
+    monkeypatch.setitem(METRICS._entries, "odd", Metric(lambda _: value, +1))
+    model = LanguageModel(tiny_model("llama"))
+    with pytest.raises(RunError, match=r"^--WW_metric odd: gives .* for model\..*, which is no finite number$"):
+        layer_quality(model, "odd", cache=MetricCache(tmp_path, model))
+    assert not list(tmp_path.rglob("odd.json"))

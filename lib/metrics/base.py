@@ -42,18 +42,18 @@ class Metric:
 METRICS: Registry[Metric] = Registry("--WW_metric")
 
 
-def metric(name: str, *, sign: int, options: tuple[Option, ...] = ()):
+def metric(name: str, *, sign: int, version: int = 1, options: tuple[Option, ...] = ()):
     """Register a function of a `Spectrum` as the metric `name`."""
-    return METRICS.register(name, lambda function: Metric(function, sign, options=options))
+    return METRICS.register(name, lambda function: Metric(function, sign, version=version, options=options))
 
 
-def power_law(name: str, *, options: tuple[Option, ...] = ()):
+def power_law(name: str, *, version: int = 1, options: tuple[Option, ...] = ()):
     """Register a function from a `Spectrum` to a `Fit`: its exponent is the metric `name`.
 
     A larger alpha is a lighter tail, a less well trained matrix, one that can lose more weights.
     """
 
     def make(fit: Callable[..., Fit]) -> Metric:
-        return Metric(lambda spectrum, **own: fit(spectrum, **own).alpha, sign=+1, fit=fit, options=options)
+        return Metric(lambda spectrum, **own: fit(spectrum, **own).alpha, +1, fit, version, options)
 
     return METRICS.register(name, make)

@@ -239,7 +239,10 @@ def summary(record: dict) -> str:
     config, folder = record["config"], Path(record["config"]["save"]) / record["run"]
     lines = _analysis_lines(record) if config["analyze_only"] else _pruning_lines(record)
     files = ["run.json", "layers.csv", *([_published_file(record)] if record.get("perplexity") else [])]
-    files += ["report.html with its pictures"] if config["plot"] else []
+    if config["plot"]:
+        files.append("report.html with its pictures")
+    elif config["plan_only"]:
+        files.append("plots/sparsity-depth.png")
     lines += ["", f"Results: {folder}/ ({', '.join(files)})"]
     if config["save_model"] and not config["plan_only"]:
         lines.append(f"Pruned model: {config['save_model']}/")
