@@ -79,13 +79,12 @@ def dense_targets(
             for logits in logits_in_parts(model, hidden):
                 here, following = following.tensor_split([logits.shape[1]], dim=1)
                 parts.append(_mixed(logits, here.to(logits.device), share.to(logits.device)))
-            found.append([torch.cat(kind, dim=1).cpu() for kind in zip(*parts, strict=True)])
+            found += zip(*(torch.cat(kind, dim=1).cpu() for kind in zip(*parts, strict=True)), strict=True)
             bar.update(len(tokens))
-    of_asked = [torch.cat(kind) for kind in zip(*found, strict=True)]
-    targets = _labels(shard, of_asked[0].shape[-1])
-    for kind, of_model in zip(targets, of_asked, strict=True):
-        kind[asked] = of_model
-    return Targets(shard, *targets)
+    labels = zip(*_labels(shard[~asked], found[0][0].shape[-1]), strict=True)
+    mixtures = iter(found)
+    targets = [next(mixtures if of_model else labels) for of_model in asked.tolist()]
+    return Targets(shard, *(torch.stack(kind) for kind in zip(*targets, strict=True)))
 
 
 def _following(tokens: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def choose_dtype(dtype: str, device: str, checkpoint_dtype) -> torch.dtype:
         raise RunError(f"--dtype: '{dtype}' is unknown; choose {', '.join(DTYPES)}")
     if dtype != "auto":
         return getattr(torch, dtype)
-    if str(device) == "cpu":
+    if device == "cpu":
         return torch.float32
     return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
 

@@ -8,6 +8,7 @@ from .. import ranks
 from .files import write_bytes, write_text
 from .run import flatten_scores, summary
 
+PLANNED = "sparsity-depth"  # the picture of a run's sparsities
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
@@ -25,28 +26,34 @@ def write_report(folder: Path, record: dict, scores: dict[str, dict[str, float]]
     """
     if not ranks.is_main():
         return
-    from ..plots import draw_esds, draw_scores, draw_sparsities, png  # matplotlib is slow to import
+    from ..plots import draw_esds, draw_scores, draw_sparsities  # matplotlib is slow to import
 
     layers = record["layers"]
     figures = {f"{metric}-depth": draw_scores(layers, values, metric) for metric, values in scores.items()}
     if record["sparsity"]:
-        figures["sparsity-depth"] = draw_sparsities(layers, record["sparsity"]["target"])
+        figures[PLANNED] = draw_sparsities(layers, record["sparsity"]["target"])
     if esds:
         drawn = next(iter(esds.values()))["metric"]
         figures |= {f"esd-{kind}": page for kind, page in draw_esds(layers, esds, drawn).items()}
-    pictures = {name: png(figure) for name, figure in figures.items()}
-    for name, picture in pictures.items():
-        write_bytes(folder / "plots" / f"{name}.png", picture)
-    write_text(folder / "report.html", _page(record, pictures))
+    write_text(folder / "report.html", _page(record, _write_pictures(folder, figures)))
 
 
 def draw_plan(folder: Path, record: dict) -> None:
     """Draw the planned sparsities into `folder`/plots/sparsity-depth.png."""
     if ranks.is_main():
-        from ..plots import draw_sparsities, png
+        from ..plots import draw_sparsities
 
-        planned = draw_sparsities(record["layers"], record["sparsity"]["target"])
-        write_bytes(folder / "plots" / "sparsity-depth.png", png(planned))
+        _write_pictures(folder, {PLANNED: draw_sparsities(record["layers"], record["sparsity"]["target"])})
+
+
+def _write_pictures(folder: Path, figures: dict) -> dict[str, bytes]:
+    """Each figure's PNG, written into `folder`/plots under its name."""
+    from ..plots import png
+
+    pictures = {name: png(figure) for name, figure in figures.items()}
+    for name, picture in pictures.items():
+        write_bytes(folder / "plots" / f"{name}.png", picture)
+    return pictures
 
 
 def _page(record: dict, pictures: dict[str, bytes]) -> str:
