@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from . import generation, hub, quantized, ranks, tokens
 from .checkpoints import ADAPTER, WEIGHTS, read_index
 from .errors import RunError, reason_of
-from .gguf_files import forget_header, header_parsed_once, warn_of_old_transformers
+from .gguf_files import forget_header, read_once, warn_of_old_transformers
 from .known_models import KNOWN_MODELS, find_gguf
 from .model import LanguageModel
 from .placement import device_map_options
@@ -105,9 +105,9 @@ def locate(name: str, cache_dir: str) -> Path | None:
 
 def _from_pretrained(auto_class, source: Source, what: str, **options):
     """auto_class.from_pretrained of the source; a failure to find or to read it is one line."""
-    header = header_parsed_once() if source.gguf else nullcontext()
+    reading = read_once() if source.gguf else nullcontext()
     try:
-        with hub.offline(), header:  # what is needed of the hub was fetched
+        with hub.offline(), reading:  # what is needed of the hub was fetched
             return auto_class.from_pretrained(source.path, **source.options, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -18,7 +18,8 @@ install() {
         }
         python3 -m venv .venv || exit 1
     fi
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1" || exit 1
+    # Of 300 MB of Python a run imports a part, which is compiled then.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile -r "$1" || exit 1
     cat requirements*.txt >"$stamp"
 }
 

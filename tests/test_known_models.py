@@ -1,7 +1,10 @@
 """Models that PyPI packages carry: whole files, files in parts, and what is said where they are missing or wrong."""
 
 import hashlib
+import os
 
+import gguf
+import numpy
 import pytest
 import transformers
 from shared import ROOT
@@ -71,3 +74,30 @@ def test_an_older_transformers_is_told_of(version, old, monkeypatch, caplog):
 
 def test_the_version_that_was_tried_is_the_one_that_is_installed():
     assert f"transformers=={gguf_files.TESTED}" in (ROOT / "requirements.txt").read_text().split()
+
+
+def test_a_gguf_file_is_read_once_and_as_it_is(tmp_path):
+    path, values = tmp_path / "a.gguf", numpy.arange(6, dtype=numpy.float32).reshape(2, 3)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "é"])
+    writer.add_tensor("token_embd.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    plain, names = gguf.GGUFReader(path), gguf.get_tensor_name_map
+    with gguf_files.read_once():
+        found = gguf.GGUFReader(path)
+        assert gguf.GGUFReader(str(path)) is found
+        assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        os.utime(path, (0, 0))
+        assert gguf.GGUFReader(path) is not found  # a file that has changed
+    assert gguf.GGUFReader is type(plain)
+    assert gguf.get_tensor_name_map is names
+
+    assert type(found.data) is numpy.ndarray
+    assert (found.tensors[0].data == values).all()
+    assert {name: field.contents() for name, field in found.fields.items()} == {
+        name: field.contents() for name, field in plain.fields.items()
+    }
