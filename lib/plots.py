@@ -63,18 +63,28 @@ def draw_esds(layers: list[dict], esds: dict[str, dict], metric: str) -> dict[st
         drawn = [layer["name"] for layer in shown]
         columns = min(len(shown), max(3, math.ceil(math.sqrt(1.2 * len(shown)))))
         rows = math.ceil(len(shown) / columns)
-        figure = Figure(figsize=(2.5 * columns, 2.1 * rows + 0.7), layout="constrained")
+        width, height = 2.5 * max(columns, 3) + 0.7, 2.1 * rows + 0.9
+        figure = Figure(figsize=(width, height))
+        # Fixed margins, in inches: a layout that is computed draws every tick of every panel twice, ten seconds a page.
+        figure.subplots_adjust(0.9 / width, 0.7 / height, 1 - 0.1 / width, 1 - 0.75 / height, wspace=0.08, hspace=0.2)
         note = "" if len(first) == len(members) else ", first expert of each block"
-        figure.suptitle(f"{kind}{note}: eigenvalue density, tail and power-law fit ({metric})", fontsize=13)
+        figure.suptitle(
+            f"{kind}{note}: eigenvalue density, tail and power-law fit ({metric})", y=1 - 0.15 / height, fontsize=13
+        )
         axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+        axes[0].set(xscale="log", yscale="log")  # and with it all of them
+        axes[0].xaxis.set_minor_locator(NullLocator())
+        axes[0].yaxis.set_minor_locator(NullLocator())
         for axis, layer in zip(axes, shown, strict=False):
             _draw_esd(axis, f"block {layer['block']}", esds.get(layer["name"]))
         least = [density[density > 0].min() for density in map(_density, filter(None, map(esds.get, drawn)))]
         axes[0].set_ylim(bottom=min(least, default=1) / 3)
         for axis in axes[len(shown) :]:
             axis.axis("off")
-        figure.supxlabel(r"eigenvalue $\lambda$ of the smaller Gram matrix", fontsize=11)
-        figure.supylabel("density", fontsize=11)
+        for axis in axes[max(0, len(shown) - columns) : len(shown)]:
+            axis.tick_params(labelbottom=True)  # with nothing below it
+        figure.supxlabel(r"eigenvalue $\lambda$ of the smaller Gram matrix", y=0.1 / height, fontsize=11)
+        figure.supylabel("density", x=0.1 / width, fontsize=11)
         pages[kind] = figure
     return pages
 
@@ -90,8 +100,6 @@ def _density(esd: dict) -> numpy.ndarray:
 
 
 def _draw_esd(axis, title: str, esd: dict | None) -> None:
-    axis.set_xscale("log")
-    axis.set_yscale("log")
     axis.tick_params(labelsize=8)
     if esd is None:
         axis.set_title(f"{title}: no power law", fontsize=9)

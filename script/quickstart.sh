@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on a machine with Python and nothing else: install, fetch a small model, prune it to 50 %,
-# and compare its perplexity before and after. Under five minutes on two cores once installed.
+# and compare its perplexity before and after. Some minutes on two cores once installed.
 set -eu
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 install requirements.txt
