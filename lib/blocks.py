@@ -16,8 +16,8 @@ PROBE_TOKENS = 4
 LEAK = 1e-4  # of the hidden states, moved by a later token: more than rounding does in float32
 
 
-class Seen(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass: what lies behind is not wanted."""
+class StopForward(Exception):  # noqa: N818 (not an error)
+    """Ends a forward pass early: nothing that lies behind this point is wanted."""
 
 
 def find_blocks(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -95,12 +95,12 @@ def is_causal(run: Callable[[Tensor], object], block: nn.Module, tokens: Tensor)
 
     def seen(_module, _args, output) -> None:
         outputs.append(output[0] if isinstance(output, (tuple, list)) else output)
-        raise Seen
+        raise StopForward
 
     hook = block.register_forward_hook(seen)
     try:
         for each in (tokens, other):
-            with suppress(Seen):
+            with suppress(StopForward):
                 run(each)
     finally:
         hook.remove()

@@ -20,7 +20,7 @@ from transformers import modeling_gguf_pytorch_utils
 from . import ranks
 from .config import RunConfig
 from .errors import RunError
-from .flags import Flags, default_of, spellings
+from .flags import Flags, default_of, fields_of, spellings
 from .memory import keep_freed_memory
 
 FREED_BYTES, FREED_BYTES_STREAMING = 32 << 20, 1 << 20  # bytes of the largest tensors whose memory is used again
@@ -58,13 +58,17 @@ def _add_flag(group, item: Field, declared) -> None:
         options["help"] += " (default: on)" if item.default else ""
     else:
         options["type"] = _reader(declared)
-        options["metavar"] = item.name.rpartition("_")[2].upper()
+        options["metavar"] = item.metadata.get("metavar") or _metavar(item.name, options["type"])
         options["nargs"] = "+" if isinstance(item.default, tuple) else None
         if default := default_of(item):
             options["help"] += f" (default: {default})"
     if choices := item.metadata.get("choices"):
         options["help"] += f"; one of: {', '.join(choices())}"
     group.add_argument(*spellings(item), **options)
+
+
+def _metavar(name: str, kind: Callable) -> str:
+    return "N" if kind is int else name.rpartition("_")[2].upper()
 
 
 def _reader(declared) -> Callable[[str], object]:
@@ -143,6 +147,7 @@ def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, ki
         print(f"{kind.command}: error: {out_of_memory(error, config)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{kind.command}: interrupted; what was finished is kept", file=sys.stderr)
+        kept = "; what was finished is kept" if "save" in fields_of(kind) else ""
+        print(f"{kind.command}: interrupted{kept}", file=sys.stderr)
         return 130
     return 0

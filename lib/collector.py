@@ -6,14 +6,11 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from torch import Tensor, nn
 
+from .blocks import StopForward
 from .experts import is_linear
 from .model import Matrix
 from .products import Products
 from .stats import InputStats
-
-
-class StopForward(Exception):  # noqa: N818 (not an error)
-    """Ends a forward pass early: nothing that lies behind this point is wanted."""
 
 
 class Collector:

@@ -203,17 +203,17 @@ class RunConfig(RunFlags):
         return not self.analyze_only and (self.samples_calibration or any(self.sampled_windows))
 
     @property
-    def further(self) -> int:
+    def recovery_windows(self) -> int:
         """Windows beside --nsamples that recovery trains on."""
         return (self.recover_nsamples or RECOVERY_WINDOWS * self.nsamples) - self.nsamples if self.recovers else 0
 
     @property
     def sampled_windows(self) -> tuple[int, int, int]:
-        """Windows that the dense model writes beside a corpus: of the calibration, held out, further of recovery."""
+        """Windows that the dense model writes: to calibrate on, held out, and of recovery beside these."""
         read = self.effective()
         calibration, recovery = read["calib_self"], read["recover_self"]
-        further = (recovery or calibration) - calibration
-        return calibration, self._held_out_of(calibration), further
+        beside = (recovery or calibration) - calibration
+        return calibration, self._held_out_of(calibration), beside
 
     @property
     def _plans_on_trial(self) -> bool:
@@ -253,15 +253,17 @@ class RunConfig(RunFlags):
     @property
     def streamed_windows(self) -> int:
         """Windows whose hidden states are held while blocks are pruned."""
-        calibration, _, further = self.sampled_windows
+        calibration, _, beside = self.sampled_windows
         if self.recovers_blocks:
-            return self.nsamples + self.further + calibration + further
+            return self.nsamples + self.recovery_windows + calibration + beside
         return self.nsamples + calibration if self.calibrated else 0
 
     @property
     def copies(self) -> int:
-        """Of the prunable weights, what the run holds beside them at most: training has 17 bytes a weight."""
-        return 8 if self.distils else int(self.held_out > 0)
+        """Copies of the prunable weights, in the model's own dtype, that the run holds beside them at most. Training
+        has 17 bytes a weight (docs/scaling.md): 8.5 in half precision.
+        """
+        return 9 if self.distils else int(self.held_out > 0)
 
     @property
     def options(self) -> dict[str, object]:

@@ -56,18 +56,18 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     held_out: int = 0,
-    further: int = 0,
+    recovery: int = 0,
     add_bos: str = "once",
     cache_dir: str = "llm_weights",
 ) -> Tensor:
-    """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out + further, seqlen), int64.
+    """Windows of `seqlen` tokens cut at random from a corpus; (nsamples + held_out + recovery, seqlen), int64.
 
     The corpus is joined with a space and tokenised once; window k begins at the k-th
     randint(0, tokens - seqlen - 1) after seeding Python's generator. From c4 each window comes from a random
     document that is longer than it. `held_out` are drawn after these, and again until they have no token in common with
-    any. Last come `further` ones, which have none in common with those held out and, as far as TRIES draws find such
-    places, with any other. With `add_bos` "every" the text is tokenised without special tokens and a window is BOS and
-    seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
+    any. Last come `recovery` windows to train on, which have none in common with those held out and, as far as TRIES
+    draws find such places, with any other. With `add_bos` "every" the text is tokenised without special tokens and a
+    window is BOS and seqlen - 1 tokens of it. Raises RunError where the corpus is too short.
     """
     label, rng = f"--calib_data {name}", random.Random(seed)
     corpus, prefix = find_corpus("--calib_data", name), _prefix(tokenizer, add_bos)
@@ -105,7 +105,7 @@ def calibration_windows(
             "the choice of an allocation needs; ask for fewer, or give more text"
         )
     reserved, overlapping = drawn[nsamples:], 0
-    for number in range(further):
+    for number in range(recovery):
         chosen = drawn[number % nsamples]  # where nothing else is found
         for window in (draw() for _ in range(TRIES)):
             if disjoint(window, drawn):

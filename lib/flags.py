@@ -31,6 +31,7 @@ def flag(default, text: str, *, group: str, **metadata):
     read     reads the file that it names, and raises RunError where it cannot
     when     the field or property without which it is not read
     shown    the default in words, where it is none that the field could have
+    metavar  what --help calls its value, where the last word of its name does not say
     option   the Option that declared it, of a parameter of an allocation, a pruner or a metric
     before   what runs did before there was the flag: of that value it is no part of their names
     """
@@ -71,6 +72,7 @@ class Flags:
     apart      fields that do not decide the result
     first      fields that stand first in their groups: the flags of the published command
     in_parts   whether the model is read in parts
+    quiet      whether only what is asked for is printed
     contents   what the files that flags name held when the configuration was made
     """
 
@@ -79,6 +81,7 @@ class Flags:
     apart: ClassVar[tuple[str, ...]] = ()
     first: ClassVar[tuple[str, ...]] = ()
     in_parts = False
+    quiet = False
     contents: ClassVar[Mapping[str, object]] = MappingProxyType({})
 
     @classmethod

@@ -204,7 +204,8 @@ def load_model(
     copies: int = 0,
 ) -> LanguageModel:
     """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
-    not fit on one with what a run needs that holds so many tokens and copies of its weights (lib/placement.py).
+    not fit on one beside the hidden states of `held_tokens` tokens and `copies` of its prunable weights, which the run
+    will hold (lib/placement.py).
 
     It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """

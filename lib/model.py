@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Store
-from .blocks import Changes, Seen, accepted, find_blocks, find_body, is_causal, replaced_forward
+from .blocks import Changes, StopForward, accepted, find_blocks, find_body, is_causal, replaced_forward
 from .digest import digest
 from .errors import RunError
 from .experts import Mixtures, is_linear, matrix_parameters, never_prunable
@@ -288,12 +288,12 @@ class LanguageModel:
 
         def body(*args, **kwargs):
             found.append(forward(*args, **kwargs))
-            raise Seen
+            raise StopForward
 
         with replaced_forward(self.body, body):
             try:
                 self._run(tokens)
-            except Seen:
+            except StopForward:
                 if not found:  # of whoever asked for no more than a block
                     raise
         if not found:

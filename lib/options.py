@@ -45,7 +45,7 @@ class Option:
         holds = {"within": self.within, "above": self.above, "auto": bool(self.auto), "read": self.read}
         holds = {key: value for key, value in holds.items() if value is not None and value is not False}
         if self.read:
-            holds["before"] = self.default
+            holds |= {"before": self.default, "metavar": "FILE"}
         return flag(self.default, self.help, group="method", option=self, **holds)
 
 

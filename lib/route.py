@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from .blocks import replaced_forward
+from .blocks import StopForward, replaced_forward
 from .calls import Call
-from .collector import StopForward
 from .errors import RunError
 from .model import LanguageModel
 

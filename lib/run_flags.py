@@ -77,7 +77,7 @@ class RunFlags(SharedFlags):
     )  # fmt: skip
     ww_metric_cache: str | None = flag(
         None, "folder of the metric's values", group="method", flags=("--WW_metric_cache",),
-        shown="one a model under --cache_dir",
+        shown="one a model under --cache_dir", metavar="DIR",
     )  # fmt: skip
     mapping_type: str = flag(
         "block_wise", "of *_ww, _owl, _dlp, _lsa and _search, where sparsities may differ: block_wise: one a block; "
@@ -95,7 +95,7 @@ class RunFlags(SharedFlags):
     recover: tuple[str, ...] = flag(
         ("none",), "train the weights that are left, zeros staying: block, of each block towards the dense block's "
         "output; model, of the whole model towards the dense model's distribution and the text; or both, block model",
-        group="method", choices=lambda: list(RECOVERIES),
+        group="method", choices=lambda: list(RECOVERIES), metavar="WHAT",
     )  # fmt: skip
     recover_nsamples: int | None = flag(
         None, "windows that recovery trains on: those of --nsamples, and further ones of the same text", group="method",
@@ -137,7 +137,7 @@ class RunFlags(SharedFlags):
         False, "draw spectra, metrics and sparsities into the results, with a report.html", group="output"
     )
     save_model: str | None = flag(
-        None, "folder for the pruned checkpoint, with a model card", group="output", shown="not saved"
+        None, "folder for the pruned checkpoint, with a model card", group="output", shown="not saved", metavar="DIR"
     )
     stream: bool = flag(
         False, "hold one block of the model at a time; writes --save_model, which it needs, block by block, and goes "
@@ -145,7 +145,7 @@ class RunFlags(SharedFlags):
     )  # fmt: skip
     activation_memory: float | None = flag(
         None, "GB of activations, and of weights on trial, that --stream keeps in memory; the rest goes to files",
-        group="large models", when="stream", least=0, shown="a quarter of what is free",
+        group="large models", when="stream", least=0, shown="a quarter of what is free", metavar="GB",
     )  # fmt: skip
     restart: bool = flag(
         False,

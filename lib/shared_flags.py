@@ -50,7 +50,7 @@ class SharedFlags(Flags):
         least=1,
         shown="all",
     )
-    save: str = flag("results", "folder for results", group="output")
+    save: str = flag("results", "folder for results", group="output", metavar="DIR")
     save_dtype: str = flag(
         "auto", "dtype of the checkpoint; auto: every tensor's own in the files of the model that is read",
         group="output", choices=lambda: list(DTYPES),

@@ -70,8 +70,8 @@ class Trials:
         """matrix name -> its part of the loss's rise up to that uniform sparsity, and how they were found.
 
         The model is pruned to a little less and to `sparsity`; what the loss on the windows held out gains between the
-        two is followed back to the matrices (lib/attribution.py). `uniform` is the perplexity of the second. More than
-        `sparsity` is not asked about: there the model may know nothing any more, and its gradients no weight's worth.
+        two is followed back to the matrices (lib/attribution.py). `uniform` is the perplexity of the second. Nothing
+        above `sparsity` is tried: a model pruned too far predicts nothing, and its gradients rank no weights.
         """
         measure = functools.partial(self._attribute, sparsity, asymmetry, group)
         return self._cached(f"sparsities {asymmetry:g} {sparsity:g}", measure)

@@ -42,7 +42,7 @@ def corpus_windows(config: RunConfig, tokenizer, seqlen: int) -> Windows:
         return Windows()
     found = calibration_windows(
         config.calib_data, tokenizer, nsamples=config.nsamples, seqlen=seqlen, seed=config.seed,
-        held_out=config.held_out, further=config.further, add_bos=config.add_bos, cache_dir=config.cache_dir,
+        held_out=config.held_out, recovery=config.recovery_windows, add_bos=config.add_bos, cache_dir=config.cache_dir,
     )  # fmt: skip
     return _parts(config, found)
 
@@ -54,17 +54,19 @@ def with_sampled_windows(config: RunConfig, windows: Windows, model: LanguageMod
     if not config.samples_text:
         return windows
     if config.samples_calibration:
-        return _parts(config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.further))
+        return _parts(
+            config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.recovery_windows)
+        )
     sizes = config.sampled_windows
-    calibration, held_out, further = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
+    calibration, held_out, beside = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
     mixed = _mixed(windows.calibration, calibration)
     own = _mixed(torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool))
-    beside = torch.tensor([False] * config.further + [True] * len(further))
+    own_beside = torch.tensor([False] * config.recovery_windows + [True] * len(beside), dtype=bool)
     return Windows(
         calibration=mixed,
         held_out=_mixed(windows.held_out, held_out),
-        recovery=torch.cat([mixed, windows.recovery[config.nsamples :], further]),
-        own=torch.cat([own, beside.bool()]),
+        recovery=torch.cat([mixed, windows.recovery[config.nsamples :], beside]),
+        own=torch.cat([own, own_beside]),
     )
 
 
@@ -88,8 +90,8 @@ def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -
 
 
 def _parts(config: RunConfig, found: Tensor) -> Windows:
-    calibration, held_out, further = found.split([config.nsamples, config.held_out, config.further])
-    recovery = torch.cat([calibration, further])
+    calibration, held_out, beside = found.split([config.nsamples, config.held_out, config.recovery_windows])
+    recovery = torch.cat([calibration, beside])
     every = torch.empty(config.nsamples + config.sampled_windows[0], 0)  # with what the dense model is still to write
     least = trial_windows(every, config.stands_in) if config.held_out else every
     ranks.check_enough(f"--nsamples {config.nsamples}", least)

@@ -3,6 +3,7 @@
 python script/document_flags.py [FILE]
 """
 
+import argparse
 import re
 import sys
 from dataclasses import Field
@@ -65,5 +66,8 @@ def _marked(text: str) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE
-    target.write_text(page(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=PAGE, metavar="FILE", help="the page (default: docs/flags.md)"
+    )
+    parser.parse_args().file.write_text(page(), encoding="utf-8")

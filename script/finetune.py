@@ -2,7 +2,7 @@
 
     python script/finetune.py --model PRUNED --data c4 --save_model OUT
 
-Its flags are in docs/finetuning.md.
+Its flags are in docs/flags.md, what it does in docs/finetuning.md.
 """
 
 import signal

@@ -23,9 +23,8 @@ import psutil
 import torch
 import transformers
 
-from lib import RunError, find_source, load_model, load_tokenizer, sparse_model
+from lib import RunError, cli, find_source, load_model, load_tokenizer, sparse_model
 from lib.attention import without_cudnn_attention
-from lib.cli import parse, set_up_logging, take_interrupts
 from lib.flags import Flags, flag
 from lib.load import DTYPES, Source, choose_device, context_length, load_config
 from lib.model import check_tokens
@@ -64,8 +63,8 @@ class GenerateFlags(Flags):
     dense: bool = flag(False, "keep the zeros", group="method")
     compare: bool = flag(False, "without the zeros, and then with them", group="method")
     static: bool = flag(
-        False, "with a static cache: on cuda the model is compiled for the first text, and waits for Python no more",
-        group="method",
+        False, "with a static cache; on cuda the model is compiled for the first text, and tokens come without "
+        "Python's overhead", group="method",
     )  # fmt: skip
     prompt: str = flag("", "the text to continue", group="text")
     max_new_tokens: int = flag(64, "most tokens to add", group="text", least=1)
@@ -75,10 +74,14 @@ class GenerateFlags(Flags):
         if self.dense and self.compare:
             raise RunError("--compare: does what --dense does as well; leave one out")
 
+    def relief(self, stage: str | None) -> str:
+        """What takes less of a GPU's memory."""
+        return "a GPU with room for the model (--device), or --device cpu"
+
 
 def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateFlags, dense: bool) -> tuple:
     """A row of the table: the model is loaded, the text printed, and the model let go."""
-    forget_peak()
+    forget_peak(options.device)
     dtype = own_dtype(source, options.device, options.dtype)
     if dense:
         model = load_model(source, options.device, str(dtype).removeprefix("torch.")).model
@@ -100,21 +103,21 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
     times = streamer.times[1:]
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else float("nan")
     held = {part.data_ptr(): part.nbytes for part in (*model.parameters(), *model.buffers())}
-    return "dense" if dense else "sparse", times[0] - begin, rate, sum(held.values()) / 1e9, peak() / 1e9
+    return "dense" if dense else "sparse", times[0] - begin, rate, sum(held.values()) / 1e9, peak(options.device) / 1e9
 
 
-def forget_peak() -> None:
+def forget_peak(device: str) -> None:
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory becomes what there is now
 
 
-def peak() -> int:
+def peak(device: str) -> int:
     """Bytes held at most: on a GPU its own, else the process's, of which Linux tells the peak."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
     try:
         status = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
         return int(status.split()[0]) << 10
@@ -122,7 +125,8 @@ def peak() -> int:
         return psutil.Process().memory_info().rss
 
 
-def generate(options: GenerateFlags) -> None:
+def generate(options: GenerateFlags) -> str:
+    """The text is printed as it comes; what it took is returned, as a table."""
     options = replace(options, device=choose_device(options.device))
     source = find_source(options.model, options.cache_dir)
     config, tokenizer = load_config(source), load_tokenizer(source)
@@ -139,25 +143,11 @@ def generate(options: GenerateFlags) -> None:
         measured(source, tokenizer, tokens.long(), options, dense)
         for dense in ((False, True) if options.compare else (options.dense,))
     ]
-    print("\n| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    table = ["", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name, first, rate, weights, most in rows:
-        print(f"| {name} | {first:.2f} | {rate:.1f} | {weights:.2f} | {most:.2f} |")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command's exit status, as main.py's."""
-    take_interrupts()
-    try:
-        options = parse(arguments, GenerateFlags)
-        set_up_logging(quiet=False)
-        generate(options)
-    except RunError as error:
-        print(f"generate.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        table.append(f"| {name} | {first:.2f} | {rate:.1f} | {weights:.2f} | {most:.2f} |")
+    return "\n".join(table)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(generate, kind=GenerateFlags))

@@ -122,10 +122,10 @@ def test_pruner_and_allocation_of_a_method(method, pruner, allocation, configure
 
 def test_windows_of_recovery(configure):
     """Beside --nsamples as many again, or what is asked for; only a block's are held while blocks are pruned."""
-    assert (configure(nsamples=16).further, configure(nsamples=16).streamed_windows) == (0, 16)
-    assert configure(recover="model", nsamples=16).further == 16
+    assert (configure(nsamples=16).recovery_windows, configure(nsamples=16).streamed_windows) == (0, 16)
+    assert configure(recover="model", nsamples=16).recovery_windows == 16
     both = configure(recover=("model", "block"), nsamples=16, recover_nsamples=20)
-    assert (both.recover, both.further, both.streamed_windows) == (("block", "model"), 4, 20)
+    assert (both.recover, both.recovery_windows, both.streamed_windows) == (("block", "model"), 4, 20)
     assert configure(recover="model", nsamples=16).streamed_windows == 16
     assert configure(prune_method="magnitude", recover="block").calibrated
     assert configure(recover_nsamples=1).unused_flags() == ["--recover_nsamples"]

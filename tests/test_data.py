@@ -60,7 +60,7 @@ def test_further_windows_are_new_where_there_is_room(tokenizer, tmp_path, caplog
     plain = calibration_windows(str(path), tokenizer, **settings)
     starts = {}
     for further in (3, 40):
-        found = calibration_windows(str(path), tokenizer, **settings, further=further)
+        found = calibration_windows(str(path), tokenizer, **settings, recovery=further)
         assert found.shape == (5 + further, 30)
         assert torch.equal(found[:5], plain)
         starts[further] = [joined_at(ids(tokenizer, path.read_text()), window) for window in found]

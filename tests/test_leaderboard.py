@@ -1,4 +1,4 @@
-"""script/leaderboard.py: what main.py gives, shared, resumed and summed up over seeds."""
+"""script/benchmark/leaderboard.py: what main.py gives, shared, resumed and summed up over seeds."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def common(here) -> list[str]:
 def board(here, *more: str) -> subprocess.CompletedProcess:
     texts = ["--eval_data", f"words={here / 'words.txt'}:8", f"fewer={here / 'words.txt'}:4"]
     list_and_place = [str(here / "list.txt"), "--save", str(here / "out")]
-    return forking.run("script/leaderboard.py", [*list_and_place, *texts, "--", *common(here), *more])
+    return forking.run("script/benchmark/leaderboard.py", [*list_and_place, *texts, "--", *common(here), *more])
 
 
 def rows(here) -> dict[str, dict]:
@@ -70,11 +70,15 @@ def test_each_run_is_what_the_command_gives(here, done, tmp_path):
         record = main.run(cli.parse([*flags, *row["settings"].split(), *common(here), *evaluation]))
         assert float(row["perplexity_words"]) == pytest.approx(record["perplexity"]["pruned"], rel=1e-4), row["run"]
         assert float(row["achieved"]) == pytest.approx(record["sparsity"]["achieved"], abs=1e-6)
+        samples = "--calib_self" in row["settings"]
+        assert (float(row["sampling_seconds"]) > 0) if samples else (row["sampling_seconds"] == "")
 
 
 def test_texts_of_one_name_are_refused(here):
     texts = ["--eval_data", "pydoc:1", "pydoc:2"]
-    refused = forking.run("script/leaderboard.py", [str(here / "list.txt"), "--save", str(here / "twice"), *texts])
+    refused = forking.run(
+        "script/benchmark/leaderboard.py", [str(here / "list.txt"), "--save", str(here / "twice"), *texts]
+    )
     assert refused.returncode == 1
     assert refused.stderr == "leaderboard.py: error: --eval_data: two texts have one name; give names, NAME=DATA\n"
 
@@ -99,7 +103,7 @@ def test_the_mean_accuracy_is_one_more_column(here, done, tmp_path):
         "--tasks",
         str(tmp_path / "mine.yaml"),
     ]
-    process = forking.run("script/leaderboard.py", [*asked, "--task_limit", "5", "--", *common(here)])
+    process = forking.run("script/benchmark/leaderboard.py", [*asked, "--task_limit", "5", "--", *common(here)])
     assert process.returncode == 0, process.stderr
     with (tmp_path / "out/runs.csv").open() as file:
         found = {row["run"]: row for row in csv.DictReader(file)}
@@ -109,9 +113,9 @@ def test_the_mean_accuracy_is_one_more_column(here, done, tmp_path):
     record = main.run(cli.parse([*flags, *common(here)]))
     assert float(found["wanda 0.7 seed0"]["accuracy"]) == pytest.approx(record["zero_shot"]["mean"]["pruned"])
     head, *lines = (tmp_path / "out/table.md").read_text().splitlines()
-    assert head.endswith("| mean zero-shot acc |")
-    assert sum(not line.endswith("|  |") for line in lines[1:]) == 1
-    other = forking.run("script/leaderboard.py", [*asked, "--task_limit", "4", "--", *common(here)])
+    assert head.endswith("| mean zero-shot acc | own text, s |")
+    assert sum(bool(line.split("|")[-3].strip()) for line in lines[1:]) == 1
+    other = forking.run("script/benchmark/leaderboard.py", [*asked, "--task_limit", "4", "--", *common(here)])
     assert "other tasks" in other.stderr
 
 

@@ -88,7 +88,7 @@ def test_two_runs_of_one_method_are_two_rows_of_the_table_of_accuracies(tmp_path
 
 
 def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"script/{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"script/benchmark/{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look for it there
     spec.loader.exec_module(module)
     return module
@@ -119,7 +119,13 @@ def test_the_learning_curve_of_several_boards(tmp_path):
         )
         for n in (64, 32)
     ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "script/learning_curve.py"), *folders, "--save", str(tmp_path / "curve.png")]
+    command = [
+        sys.executable,
+        str(ROOT / "script/benchmark/learning_curve.py"),
+        *folders,
+        "--save",
+        str(tmp_path / "curve.png"),
+    ]
     subprocess.run(command, check=True)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     module = script("learning_curve")

@@ -612,11 +612,11 @@ def test_generate_compares(folder, more):
     assert re.search(r"(79|80)\.\d % zeros", done.stderr)
 
 
-def test_one_token_has_no_rate_and_an_unknown_one_is_refused(folder, tmp_path, capsys):
+def test_one_token_has_no_rate_and_an_unknown_one_is_refused(folder, tmp_path):
     script = runpy.run_path(str(ROOT / "script/generate.py"))
     options = {"model": str(folder), "device": "cpu"}
-    script["generate"](script["GenerateFlags"](**options, prompt="w1 w2", max_new_tokens=1))
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| sparse"))
+    table = script["generate"](script["GenerateFlags"](**options, prompt="w1 w2", max_new_tokens=1))
+    row = next(line for line in table.splitlines() if line.startswith("| sparse"))
     assert row.split("|")[3].strip() == "nan"
     save_tokenizer(shutil.copytree(folder, tmp_path / "beyond"), first=60)
     options["model"] = str(tmp_path / "beyond")
@@ -641,7 +641,7 @@ def test_errors_of_generate_are_one_line(folder, flags, message):
     done = forking.run("script/generate.py", [flag.format(folder) for flag in flags])
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("generate.py: error: ")
+    assert line.startswith("script/generate.py: error: ")
     assert message in line
     assert done.stdout == ""
 

@@ -93,8 +93,10 @@ def test_no_global_device():
 
 def test_readme_names_every_method():
     readme = (ROOT / "README.md").read_text()
-    for name in (*PRUNERS, *METRICS, "wanda_ww"):
+    methods = (ROOT / "docs/methods.md").read_text()
+    for name in (*PRUNERS, *METRICS, *(set(ALLOCATIONS) - {"uniform"}), "wanda_ww"):
         assert f"`{name}`" in readme, name
+        assert f"`{name}`" in methods, name
 
 
 @pytest.mark.parametrize("kind", [RunConfig, FinetuneConfig])

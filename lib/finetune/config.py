@@ -46,15 +46,15 @@ class FinetuneConfig(SharedFlags):
 
     model: str = flag("", "the pruned model: local folder or hub name", group="model")
     dtype: str = flag(
-        "auto", "type that passes multiply in; auto: bfloat16 where the processor does, else float32", group="model",
-        choices=lambda: list(PASSES),
+        "auto", "compute dtype of forward and backward passes; auto: bfloat16 where the processor multiplies in it, "
+        "else float32", group="model", choices=lambda: list(PASSES),
     )  # fmt: skip
     method: str = flag(
         "lora", "what is trained: low-rank updates of the matrices, or every weight left", group="method",
         choices=lambda: list(METHODS),
     )  # fmt: skip
     rank: int = flag(8, "rank of the updates", group="method", least=1)
-    alpha: float = flag(16.0, "an update counts alpha / rank times", group="method", above=0)
+    alpha: float = flag(16.0, "LoRA's alpha: updates are scaled by alpha / rank", group="method", above=0)
     lora_targets: tuple[str, ...] = flag(
         (ALL,), "names of the matrices to update, such as q_proj v_proj, or all", group="method"
     )
@@ -86,15 +86,15 @@ class FinetuneConfig(SharedFlags):
     optim: str = flag("adamw_torch", "optimiser, by the Trainer's name for it", group="training", choices=optimisers)
     epochs: float = flag(1.0, "passes over the training windows", group="training", above=0)
     batch_size: int = flag(1, "windows a pass, in each process", group="training", least=1)
-    gradient_accumulation: int = flag(8, "passes a step", group="training", least=1)
+    gradient_accumulation: int = flag(8, "forward and backward passes per optimiser step", group="training", least=1)
     seed: int = flag(0, "seed of the windows, of their order and of the updates", group="training", least=0)
-    save_model: str = flag("", "folder for the fine-tuned checkpoint", group="output")
+    save_model: str = flag("", "folder for the fine-tuned checkpoint", group="output", metavar="DIR")
     save_steps: int = flag(
-        100, "steps from one state that a broken run goes on from to the next", group="large models", least=1
+        100, "optimiser steps between checkpoints, from which a broken run resumes", group="large models", least=1
     )
     activation_memory: float | None = flag(
         None, "GB of the teacher's states kept in memory, the rest in a file", group="large models", least=0,
-        shown="a quarter of what is free",
+        shown="a quarter of what is free", metavar="GB",
     )  # fmt: skip
     restart: bool = flag(
         False, "begin anew instead of going on where the same command was broken off", group="large models"

@@ -1,15 +1,16 @@
 """Many methods under one protocol: perplexity, sparsity, seconds and memory of each, as a table, a CSV file and a plot.
 
-    python script/leaderboard.py script/leaderboard.txt --save docs/leaderboard \
+    python script/benchmark/leaderboard.py script/benchmark/leaderboard.txt --save docs/leaderboard \
         --eval_data wikitext2=TEST.jsonl:64 pydoc:32 -- --model smollm2 --nsamples 64 ...
 
 Each line of the list is `pruners allocations sparsities seeds [flags]`, the first four with commas between several, the
 rest flags of main.py for the method and its windows; what follows `--` are flags of every run, but where its line says
-otherwise. With --tasks the mean of their zero-shot accuracies is one more column; runs from before stay without it. A
-run is what `main.py` does with these flags; the model is loaded once, and windows, spectra and allocations' scores are
-shared. Runs that `runs.csv` in the folder holds are not run again, and the files are written anew after each;
-protocol.txt keeps what all runs there have in common. Several processes may fill one folder, as a dozen small models
-fit on a GPU: each takes what none has.
+otherwise. A run is what `main.py` does with these flags; the model is loaded once, and windows, spectra and scores of
+allocations are shared. Two columns are filled where there is something to say: with --tasks the mean of their zero-shot
+accuracies, and where the dense model writes text the seconds that took, 0 if an earlier command did it. Runs that
+`runs.csv` in the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all
+runs there have in common. Several processes may fill one folder, as a dozen small models fit on a GPU: each takes what
+none has.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -48,7 +49,7 @@ from lib.quality import allocation_scores
 from lib.results.files import check_folder
 from lib.run_flags import OPTIONED
 from lib.stopwatch import Stopwatch
-from lib.windows import corpus_windows, with_sampled_windows
+from lib.windows import Windows, corpus_windows, with_sampled_windows
 
 log = logging.getLogger("lib.leaderboard")
 
@@ -60,7 +61,7 @@ VARIED = (
     "recover_nsamples", "distill", "recover_self", *USUAL,
 )  # fmt: skip
 NUMBERS = ("achieved", "allocation_seconds", "pruning_seconds", "peak_memory_gb")
-ACCURACY = "accuracy"  # last, so that a board from before has the same columns and one more
+ACCURACY, SAMPLING = "accuracy", "sampling_seconds"  # last, as boards from before have all columns but these
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,8 @@ class Board:
             self._agree("protocol.txt", shlex.join(map(_without_folders, words)), "runs of another protocol")
             if tasks:
                 self._agree("tasks.txt", shlex.join(tasks), "accuracies on other tasks")
-        self._columns = [
-            "run",
-            "method",
-            "settings",
-            "sparsity",
-            "seed",
-            *(t.column for t in texts),
-            *NUMBERS,
-            ACCURACY,
-        ]
+        known = ("run", "method", "settings", "sparsity", "seed")
+        self._columns = [*known, *(t.column for t in texts), *NUMBERS, ACCURACY, SAMPLING]
         self._read()
 
     def _read(self) -> None:
@@ -227,16 +220,20 @@ class Board:
     def _write(self) -> None:
         heads = ["sparsity", "method", *(f"perplexity, {t.name}" for t in self._texts), "seeds", "achieved"]
         heads += ["allocation, s", "pruning, s", "memory, GB"]
-        accurate = any(row.get(ACCURACY) for row in self._rows)
-        heads += ["mean zero-shot acc"] * accurate
+        more = {ACCURACY: ("mean zero-shot acc", 4), SAMPLING: ("own text, s", 0)}
+        more = {column: how for column, how in more.items() if _values(self._rows, column)}
+        heads += [head for head, _ in more.values()]
         lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for (sparsity, method, extra), rows in self._methods().items():
             cells = [f"{sparsity:g}", f"`{' '.join(filter(None, [method, extra]))}`"]
             cells += [_spread(rows, text.column) for text in self._texts]
             cells += [str(len(rows))]
-            for name, digits in zip(NUMBERS, (4, 0, 0, 1), strict=True):
+            numbers = [
+                *zip(NUMBERS, (4, 0, 0, 1), strict=True),
+                *((name, digits) for name, (_, digits) in more.items()),
+            ]
+            for name, digits in numbers:
                 cells += [f"{_mean(rows, name):.{digits}f}" if _values(rows, name) else ""]
-            cells += [f"{_mean(rows, ACCURACY):.4f}" if _values(rows, ACCURACY) else ""] * accurate
             lines.append(f"| {' | '.join(cells)} |")
         (self._folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
         self._draw()
@@ -283,7 +280,7 @@ class Board:
 
 
 def _values(rows: list[dict], column: str) -> list[float]:
-    return [float(row[column]) for row in rows if row[column]]
+    return [float(row[column]) for row in rows if row.get(column)]
 
 
 def _mean(rows: list[dict], column: str) -> float:
@@ -363,6 +360,17 @@ class Runner:
             ),
         )[config.allocation]  # fmt: skip
 
+    def _windows(self, config: RunConfig) -> tuple[Windows, float]:
+        """The windows, and the seconds that the dense model took to write its part of them."""
+        key = config.held_out, config.recovery_windows, *_windows_key(config)
+        windows = self._cached("windows", *key, measure=lambda: corpus_windows(config, self._tokenizer, config.seqlen))
+        begin, self._saved = time.perf_counter(), 0.0
+        windows = self._cached(
+            "own text", config.sampled_windows, *key,
+            measure=lambda: with_sampled_windows(config, windows, self._model, config.seqlen),
+        )  # fmt: skip
+        return windows, time.perf_counter() - begin + self._saved
+
     def _fisher(self, config: RunConfig, calibration: Tensor):
         return self._cached("fisher", *_windows_key(config), measure=lambda: row_fisher(self._model, calibration))
 
@@ -381,12 +389,7 @@ class Runner:
         """Allocate, prune, evaluate, and put the weights back; a row of the board."""
         config = run.config
         clock, events, batch = Stopwatch(), [], config.batch(config.seqlen)
-        windows = self._cached(
-            "windows", config.held_out, config.further, config.sampled_windows, *_windows_key(config),
-            measure=lambda: with_sampled_windows(
-                config, corpus_windows(config, self._tokenizer, config.seqlen), self._model, config.seqlen
-            ),
-        )  # fmt: skip
+        windows, sampling = self._windows(config)
         calibration = windows.calibration
 
         reset_peak()
@@ -417,6 +420,7 @@ class Runner:
             "achieved": f"{results.overall_sparsity(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
             "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}", "peak_memory_gb": peak_gb(),
+            SAMPLING: f"{sampling:.1f}" if config.samples_text else "",
         }  # fmt: skip
 
 

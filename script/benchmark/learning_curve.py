@@ -1,9 +1,10 @@
 """Perplexity against calibration tokens: leaderboards that differ in --nsamples, as one picture.
 
     for n in 32 64 128; do
-        python script/leaderboard.py LIST --save curve/$n --eval_data ... -- ... --nsamples $n --recover_nsamples $n
+        python script/benchmark/leaderboard.py LIST --save curve/$n --eval_data ... -- \\
+            ... --nsamples $n --recover_nsamples $n
     done
-    python script/learning_curve.py curve/* --save curve.png
+    python script/benchmark/learning_curve.py curve/* --save curve.png
 
 A panel is an evaluation text, a line a method at a sparsity, a point the mean over its seeds.
 """
@@ -16,7 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -86,7 +87,7 @@ def draw(curves: Curves) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("boards", nargs="+", type=Path, help="folders that script/leaderboard.py wrote")
+    parser.add_argument("boards", nargs="+", type=Path, help="folders that script/benchmark/leaderboard.py wrote")
     parser.add_argument("--save", type=Path, required=True, help="the picture")
     options = parser.parse_args()
     draw(read(options.boards)).savefig(options.save, dpi=120)

@@ -1,7 +1,7 @@
 """What a streamed run needs, by formula: operations, memory, disk and network, for model shapes and machines.
 
-    python script/scaling.py                  the tables of docs/scaling.md
-    python script/scaling.py --check RUN.json a finished streamed run's memory beside the formula's
+    python script/benchmark/scaling.py                  the tables of docs/scaling.md
+    python script/benchmark/scaling.py --check RUN.json a finished streamed run's memory beside the formula's
 
 The formulas are spelled out in docs/scaling.md.
 """
