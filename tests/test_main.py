@@ -16,7 +16,9 @@ from tiny import tiny_model
 
 import main
 from lib import RunConfig
+from lib.allocation import ALLOCATIONS
 from lib.config import prune_methods
+from lib.pruners import PRUNERS
 
 pytestmark = needs_model
 
@@ -116,8 +118,15 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("sparsity_type", ["unstructured", "2:4", "4:8"])
-@pytest.mark.parametrize("method", prune_methods())
+# Every method, and every pattern with every pruner and every allocation.
+TYPES = ("unstructured", "2:4", "4:8")
+METHODS = [
+    (method, TYPES[([*PRUNERS].index(pruner) + [*ALLOCATIONS].index(allocation)) % len(TYPES)])
+    for method, (pruner, allocation) in prune_methods().items()
+]
+
+
+@pytest.mark.parametrize(("method", "sparsity_type"), METHODS)
 def test_every_registered_method_and_pattern(method, sparsity_type, tiny_folder, tmp_path):
     (tmp_path / "half.json").write_text('{"*": 0.5}')
     file = {"sparsities": str(tmp_path / "half.json")} if method.endswith("_file") else {}
