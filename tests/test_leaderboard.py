@@ -133,7 +133,7 @@ def test_what_is_done_is_not_done_again(here, done):
 
 def test_what_a_line_may_say(here, tmp_path, monkeypatch):
     """It wins over the protocol, but for what all runs share."""
-    monkeypatch.syspath_prepend(str(ROOT / "script"))
+    monkeypatch.syspath_prepend(str(ROOT / "script/benchmark"))
     import leaderboard
 
     (tmp_path / "a.json").write_text('{"*": 0.5}')
@@ -164,7 +164,7 @@ def test_what_a_line_may_say(here, tmp_path, monkeypatch):
 
 def test_several_processes_fill_one_folder(tmp_path, monkeypatch):
     """What one is at, another leaves; and neither writes over what the other has found."""
-    monkeypatch.syspath_prepend(str(ROOT / "script"))
+    monkeypatch.syspath_prepend(str(ROOT / "script/benchmark"))
     import leaderboard
 
     texts = [leaderboard.Text("words", "words.txt", 8)]
