@@ -16,7 +16,7 @@ from lib.stats import InputStats
 from lib.storage import held_in_save_dtypes, round_to_save_dtypes
 from lib.trials import Trials
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "script"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "script" / "benchmark"))
 from scaling import PRUNING
 
 GPU = torch.device("cuda", 0)
