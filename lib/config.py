@@ -261,7 +261,7 @@ class RunConfig(RunFlags):
     @property
     def copies(self) -> int:
         """Copies of the prunable weights, in the model's own dtype, that the run holds beside them at most. Training
-        has 17 bytes a weight (docs/scaling.md): 8.5 in half precision.
+        has 17 bytes a weight (docs/scaling.md), 8.5 in half precision; in float32 this is twice what it needs.
         """
         return 9 if self.distils else int(self.held_out > 0)
 

@@ -108,16 +108,18 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
 
 def forget_peak(device: str) -> None:
     gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.startswith("cuda"):
+        torch.cuda.init()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory becomes what there is now
 
 
 def peak(device: str) -> int:
-    """Bytes held at most: on a GPU its own, else the process's, of which Linux tells the peak."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
+    """Bytes held at most: on GPUs theirs, else the process's, of which Linux tells the peak."""
+    if device.startswith("cuda"):
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     try:
         status = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
         return int(status.split()[0]) << 10

@@ -26,6 +26,7 @@ def here(tmp_path_factory):
         "wanda uniform,owl,dlp 0.5 0,1\n"
         "alps search 0.5 0 --mapping_type layer_wise --asymmetry 0.5 --recover block  # and another\n"
         "wanda uniform 0.6 0 --calib_self 2 --recover model --recover_self 3\n"
+        "wanda uniform 0.7 0 --calib_self 2\n"
         "wanda uniform 0.6 0\n"
     )
     return folder
@@ -62,7 +63,8 @@ def test_each_run_is_what_the_command_gives(here, done, tmp_path):
         "dense", "wanda 0.5 seed0", "wanda_owl 0.5 seed0", "wanda_dlp 0.5 seed0", "wanda 0.5 seed1",
         "wanda_owl 0.5 seed1", "wanda_dlp 0.5 seed1",
         "alps_search 0.5 seed0 --mapping_type layer_wise --asymmetry 0.5 --recover block",
-        "wanda 0.6 seed0 --calib_self 2 --recover model --distill 0.5 --recover_self 3", "wanda 0.6 seed0",
+        "wanda 0.6 seed0 --calib_self 2 --recover model --distill 0.5 --recover_self 3",
+        "wanda 0.7 seed0 --calib_self 2", "wanda 0.6 seed0",
     ]  # fmt: skip
     for row in list(found.values())[1:]:
         flags = ["--prune_method", row["method"], "--sparsity_ratio", row["sparsity"], "--seed", row["seed"]]
@@ -200,7 +202,7 @@ def test_another_protocol_is_refused(here, done):
 
 def test_the_table_has_a_line_for_each_method_with_its_seeds(here, done):
     lines = (here / "out/table.md").read_text().splitlines()
-    assert len(lines) == 2 + 7
+    assert len(lines) == 2 + 8
     (wanda,) = [line.split(" | ") for line in lines if line.startswith("| 0.5 | `wanda` ")]
     assert "±" in wanda[2]
     assert wanda[4] == "2"

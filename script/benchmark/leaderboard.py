@@ -7,10 +7,10 @@ Each line of the list is `pruners allocations sparsities seeds [flags]`, the fir
 rest flags of main.py for the method and its windows; what follows `--` are flags of every run, but where its line says
 otherwise. A run is what `main.py` does with these flags; the model is loaded once, and windows, spectra and scores of
 allocations are shared. Two columns are filled where there is something to say: with --tasks the mean of their zero-shot
-accuracies, and where the dense model writes text the seconds that took, 0 if an earlier command did it. Runs that
-`runs.csv` in the folder holds are not run again, and the files are written anew after each; protocol.txt keeps what all
-runs there have in common. Several processes may fill one folder, as a dozen small models fit on a GPU: each takes what
-none has.
+accuracies, and where the dense model writes text the seconds of that, unless an earlier command has written it. Runs
+that `runs.csv` in the folder holds are not run again, and the files are written anew after each; protocol.txt keeps
+what all runs there have in common. Several processes may fill one folder, as a dozen small models fit on a GPU: each
+takes what none has.
 """
 
 import argparse
@@ -61,6 +61,7 @@ VARIED = (
     "recover_nsamples", "distill", "recover_self", *USUAL,
 )  # fmt: skip
 NUMBERS = ("achieved", "allocation_seconds", "pruning_seconds", "peak_memory_gb")
+WRITTEN = 0.05  # seconds: what takes less was in the cache
 ACCURACY, SAMPLING = "accuracy", "sampling_seconds"  # last, as boards from before have all columns but these
 
 
@@ -338,6 +339,7 @@ class Runner:
             raise RunError(f"--tasks: {self._tasks.missing}, and the mean is of all or none")
         self._model = load_model(self._source, config.device, config.dtype, self._tokenizer)
         self._values: dict[tuple, tuple[object, float]] = {}
+        self._written: dict[int, tuple[float, int]] = {}  # seed -> seconds of its series of windows, how many
         self._saved = 0.0  # seconds that this run would have spent on what it found remembered
 
     def _cached(self, *key, measure):
@@ -361,15 +363,23 @@ class Runner:
         )[config.allocation]  # fmt: skip
 
     def _windows(self, config: RunConfig) -> tuple[Windows, float]:
-        """The windows, and the seconds that the dense model took to write its part of them."""
+        """The windows, and the seconds that the dense model took to write its part of them: of one seed they are the
+        first of a series, of which other runs may have written more.
+        """
         key = config.held_out, config.recovery_windows, *_windows_key(config)
         windows = self._cached("windows", *key, measure=lambda: corpus_windows(config, self._tokenizer, config.seqlen))
-        begin, self._saved = time.perf_counter(), 0.0
+        if not config.samples_text:
+            return windows, 0.0
+        begin = time.perf_counter()
         windows = self._cached(
             "own text", config.sampled_windows, *key,
             measure=lambda: with_sampled_windows(config, windows, self._model, config.seqlen),
         )  # fmt: skip
-        return windows, time.perf_counter() - begin + self._saved
+        count = sum(config.sampled_windows) or len(windows.recovery) + len(windows.held_out)
+        seconds, most = self._written.get(config.seed, (0.0, 0))
+        if count > most:
+            seconds, most = self._written[config.seed] = seconds + time.perf_counter() - begin, count
+        return windows, seconds * count / most
 
     def _fisher(self, config: RunConfig, calibration: Tensor):
         return self._cached("fisher", *_windows_key(config), measure=lambda: row_fisher(self._model, calibration))
@@ -420,7 +430,7 @@ class Runner:
             "achieved": f"{results.overall_sparsity(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
             "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}", "peak_memory_gb": peak_gb(),
-            SAMPLING: f"{sampling:.1f}" if config.samples_text else "",
+            SAMPLING: f"{sampling:.1f}" if sampling >= WRITTEN else "",
         }  # fmt: skip
 
 
