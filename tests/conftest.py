@@ -13,8 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from lib import precision
 
-forking.spare_waits()
-
 if not torch.cuda.is_available():  # before anything imports Triton, whose own functions are made once
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MappingProxyType
 from unittest import mock
 
-import torch
 from shared import ROOT
 
 HOME = tempfile.TemporaryDirectory()
@@ -68,17 +67,6 @@ def run_ranks(count: int, script: str, arguments: Sequence[str]) -> subprocess.C
     return subprocess.CompletedProcess([script, *arguments], status, *said)
 
 
-def spare_waits() -> None:
-    """Wait for no disk, and draw no values for tensors that have none, which torch does in much Python: together a
-    fifth of a run of a tiny model.
-    """
-    os.fsync = lambda _handle: None
-    draw = torch.nn.init._no_grad_normal_
-    torch.nn.init._no_grad_normal_ = lambda tensor, *how, **more: (
-        tensor if tensor.is_meta else draw(tensor, *how, **more)
-    )
-
-
 @functools.cache
 def _start() -> None:
     """Once: what libraries read of the environment they read when they are imported, and threads share it."""
@@ -94,7 +82,6 @@ def _run(
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY), descriptor)
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    spare_waits()
     os.chdir(ROOT)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
