@@ -58,7 +58,7 @@ def _add_flag(group, item: Field, declared) -> None:
         options["help"] += " (default: on)" if item.default else ""
     else:
         options["type"] = _reader(declared)
-        options["metavar"] = item.metadata.get("metavar") or _metavar(item.name, options["type"])
+        options["metavar"] = _metavar(item, options["type"])
         options["nargs"] = "+" if isinstance(item.default, tuple) else None
         if default := default_of(item):
             options["help"] += f" (default: {default})"
@@ -67,8 +67,8 @@ def _add_flag(group, item: Field, declared) -> None:
     group.add_argument(*spellings(item), **options)
 
 
-def _metavar(name: str, kind: Callable) -> str:
-    return "N" if kind is int else name.rpartition("_")[2].upper()
+def _metavar(item: Field, kind: Callable) -> str:
+    return item.metadata.get("metavar") or ("N" if kind is int else item.name.rpartition("_")[2].upper())
 
 
 def _reader(declared) -> Callable[[str], object]:

@@ -200,7 +200,14 @@ class RunConfig(RunFlags):
     @property
     def samples_text(self) -> bool:
         """Whether the dense model writes what is calibrated or trained on."""
-        return not self.analyze_only and (self.samples_calibration or any(self.sampled_windows))
+        return not self.analyze_only and self.windows_written > 0
+
+    @property
+    def windows_written(self) -> int:
+        """Windows that the dense model writes in all."""
+        if self.samples_calibration:
+            return self.nsamples + self.held_out + self.recovery_windows
+        return sum(self.sampled_windows)
 
     @property
     def recovery_windows(self) -> int:

@@ -53,12 +53,10 @@ def with_sampled_windows(config: RunConfig, windows: Windows, model: LanguageMod
     """
     if not config.samples_text:
         return windows
+    written = _sampled(config, model, seqlen)
     if config.samples_calibration:
-        return _parts(
-            config, _sampled(config, model, seqlen, config.nsamples + config.held_out + config.recovery_windows)
-        )
-    sizes = config.sampled_windows
-    calibration, held_out, beside = _sampled(config, model, seqlen, sum(sizes)).split(sizes)
+        return _parts(config, written)
+    calibration, held_out, beside = written.split(config.sampled_windows)
     mixed = _mixed(windows.calibration, calibration)
     own = _mixed(torch.zeros(config.nsamples, dtype=bool), torch.ones(len(calibration), dtype=bool))
     own_beside = torch.tensor([False] * config.recovery_windows + [True] * len(beside), dtype=bool)
@@ -76,8 +74,9 @@ def _mixed(corpus: Tensor, own: Tensor) -> Tensor:
     return torch.cat([corpus, own])[places.argsort(stable=True)]
 
 
-def _sampled(config: RunConfig, model: LanguageModel, seqlen: int, count: int) -> Tensor:
-    """The first windows that the dense model writes, cached from run to run."""
+def _sampled(config: RunConfig, model: LanguageModel, seqlen: int) -> Tensor:
+    """The windows that the dense model writes, cached from run to run."""
+    count = config.windows_written
     settings = {
         "digest": model.digest, "seed": config.seed, "seqlen": seqlen, "add_bos": config.add_bos,
         "device": model.device.type, "dtype": str(model.model.dtype), "drawn": "by inversion",

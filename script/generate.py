@@ -28,6 +28,7 @@ from lib.attention import without_cudnn_attention
 from lib.flags import Flags, flag
 from lib.load import DTYPES, Source, choose_device, context_length, load_config
 from lib.model import check_tokens
+from lib.results.run import peak_memory
 from lib.sparse import own_dtype
 
 PURPOSE = __doc__.splitlines()[0]
@@ -119,7 +120,7 @@ def forget_peak(device: str) -> None:
 def peak(device: str) -> int:
     """Bytes held at most: on GPUs theirs, else the process's, of which Linux tells the peak."""
     if device.startswith("cuda"):
-        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        return sum(size for name, size in peak_memory().items() if name.startswith("cuda"))
     try:
         status = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
         return int(status.split()[0]) << 10

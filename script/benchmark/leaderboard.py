@@ -375,7 +375,7 @@ class Runner:
             "own text", config.sampled_windows, *key,
             measure=lambda: with_sampled_windows(config, windows, self._model, config.seqlen),
         )  # fmt: skip
-        count = sum(config.sampled_windows) or len(windows.recovery) + len(windows.held_out)
+        count = config.windows_written
         seconds, most = self._written.get(config.seed, (0.0, 0))
         if count > most:
             seconds, most = self._written[config.seed] = seconds + time.perf_counter() - begin, count
