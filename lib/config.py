@@ -266,11 +266,11 @@ class RunConfig(RunFlags):
         return self.nsamples + calibration if self.calibrated else 0
 
     @property
-    def copies(self) -> int:
-        """Copies of the prunable weights, in the model's own dtype, that the run holds beside them at most. Training
-        has 17 bytes a weight (docs/scaling.md), 8.5 in half precision; in float32 this is twice what it needs.
+    def beside_weights(self) -> tuple[int, int]:
+        """What the run holds at most beside the prunable weights: copies of them in their own dtype, and further bytes
+        for each of them: training's value, gradient, two moments and mask (docs/scaling.md).
         """
-        return 9 if self.distils else int(self.held_out > 0)
+        return (0, 17) if self.distils else (int(self.held_out > 0), 0)
 
     @property
     def options(self) -> dict[str, object]:

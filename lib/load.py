@@ -201,11 +201,11 @@ def load_model(
     save_dtype: str = "auto",
     *,
     held_tokens: int = 0,
-    copies: int = 0,
+    beside: tuple[int, int] = (0, 0),
 ) -> LanguageModel:
     """Load a causal LM, ready for pruning. With `cuda` and several GPUs its blocks are spread over them where it does
-    not fit on one beside the hidden states of `held_tokens` tokens and `copies` of its prunable weights, which the run
-    will hold (lib/placement.py).
+    not fit on one beside the hidden states of `held_tokens` tokens and what the run holds `beside` its prunable weights
+    (RunConfig.beside_weights, lib/placement.py).
 
     It is saved in the dtypes that it has in its files, or in `save_dtype`; what a GGUF file holds in float32.
     """
@@ -217,7 +217,7 @@ def load_model(
         shards.check(whole=True)
     if device == "cuda" and torch.cuda.device_count() > 1:
         empty = shards.model if shards else _empty(source, options["dtype"])
-        options |= device_map_options(LanguageModel(empty), held_tokens, copies)
+        options |= device_map_options(LanguageModel(empty), held_tokens, beside)
     elif device != "cpu" or quantized.is_quantized(config):  # a quantiser would choose a device of its own
         options["device_map"] = {"": device}
     # Without these two, what a checkpoint lacks is made up at random and only a log line says so.

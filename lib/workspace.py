@@ -33,7 +33,7 @@ class Workspace:
         config = self._config
         self.model = load_model(
             source, config.device, config.dtype, tokenizer, config.save_dtype,
-            held_tokens=config.streamed_windows * seqlen, copies=config.copies,
+            held_tokens=config.streamed_windows * seqlen, beside=config.beside_weights,
         )  # fmt: skip
         return self.model
 

@@ -5,7 +5,6 @@
 The text is streamed as it is made, greedily. --dense keeps the zeros; --compare does both, one after the other.
 """
 
-import contextlib
 import functools
 import gc
 import signal
@@ -27,6 +26,7 @@ from lib import RunError, cli, find_source, load_model, load_tokenizer, sparse_m
 from lib.attention import without_cudnn_attention
 from lib.flags import Flags, flag
 from lib.load import DTYPES, Source, choose_device, context_length, load_config
+from lib.memory import forget_peak, resident_peak
 from lib.model import check_tokens
 from lib.results.run import peak_memory
 from lib.sparse import own_dtype
@@ -82,7 +82,7 @@ class GenerateFlags(Flags):
 
 def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateFlags, dense: bool) -> tuple:
     """A row of the table: the model is loaded, the text printed, and the model let go."""
-    forget_peak(options.device)
+    forget_peaks(options.device)
     dtype = own_dtype(source, options.device, options.dtype)
     if dense:
         model = load_model(source, options.device, str(dtype).removeprefix("torch.")).model
@@ -107,25 +107,20 @@ def measured(source: Source, tokenizer, tokens: torch.Tensor, options: GenerateF
     return "dense" if dense else "sparse", times[0] - begin, rate, sum(held.values()) / 1e9, peak(options.device) / 1e9
 
 
-def forget_peak(device: str) -> None:
+def forget_peaks(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.init()
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory becomes what there is now
+    forget_peak()
 
 
 def peak(device: str) -> int:
     """Bytes held at most: on GPUs theirs, else the process's, of which Linux tells the peak."""
     if device.startswith("cuda"):
         return sum(size for name, size in peak_memory().items() if name.startswith("cuda"))
-    try:
-        status = Path("/proc/self/status").read_text().partition("VmHWM:")[2]
-        return int(status.split()[0]) << 10
-    except (OSError, IndexError):
-        return psutil.Process().memory_info().rss
+    return resident_peak() or psutil.Process().memory_info().rss
 
 
 def generate(options: GenerateFlags) -> str:

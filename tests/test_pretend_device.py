@@ -478,18 +478,24 @@ def test_a_model_is_spread_only_where_it_does_not_fit(tmp_path):
         with pretended_gpus(2, free):
             return [str(device) for device in load_model(source, "auto", "float32", **needs).devices]
 
-    enough = size + memory_needed(empty, 100, 1)
-    assert memory_needed(empty, 100, 1) - memory_needed(empty, 0, 0) == 2 * 4 * 100 * 32 + 4 * empty.prunable_parameters
-    assert devices(enough, held_tokens=100, copies=1) == ["cuda:0"]
-    assert devices(enough, held_tokens=1000, copies=1) == ["cuda:0", "cuda:1"]
-    assert devices(enough - 1, held_tokens=100, copies=1) == ["cuda:0", "cuda:1"]
+    needed, least, weights = (
+        memory_needed(empty, 100, (1, 0)),
+        memory_needed(empty, 0, (0, 0)),
+        empty.prunable_parameters,
+    )
+    enough = size + needed
+    assert needed - least == 2 * 4 * 100 * 32 + 4 * weights
+    assert memory_needed(empty, 0, (0, 17)) - least == 17 * weights
+    assert devices(enough, held_tokens=100, beside=(1, 0)) == ["cuda:0"]
+    assert devices(enough, held_tokens=1000, beside=(1, 0)) == ["cuda:0", "cuda:1"]
+    assert devices(enough - 1, held_tokens=100, beside=(1, 0)) == ["cuda:0", "cuda:1"]
 
 
 def test_several_gpus_keep_room_for_what_a_run_needs(tmp_path):
     tiny_model("llama", **layers("llama", 6)).save_pretrained(tmp_path / "model")
     source = find_source(str(tmp_path / "model"))
     model = load_model(source, "cpu", "float32")
-    weights, beside = sum(p.nbytes for p in model.model.parameters()), memory_needed(model, 64, 0)
+    weights, beside = sum(p.nbytes for p in model.model.parameters()), memory_needed(model, 64, (0, 0))
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.blocks)
     free = beside + weights // 3 + largest  # of each of three: the weights leave all of `beside`
     with pretended_gpus(3, free) as gpus:

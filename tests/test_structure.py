@@ -54,8 +54,9 @@ def test_only_results_writes_files():
     writers = re.compile(
         r"write_text|write_bytes|save_pretrained\(|numpy\.save|torch\.save|open\([^)]*['\"][wax]|\.mkdir\("
     )
+    others = {"known_models.py", "memory.py"}  # which put a package's parts together, and write to /proc
     for path in FILES:
-        if path.parent.name != "results" and path.name != "known_models.py":  # which puts a package's parts together
+        if path.parent.name != "results" and path.name not in others:
             assert not writers.search(re.sub(r'"[^"\n]*"', '""', path.read_text())), path
 
 

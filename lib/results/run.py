@@ -20,6 +20,7 @@ from .. import ranks
 from ..activations import Store
 from ..config import RunConfig
 from ..errors import RunError
+from ..memory import resident_peak
 from ..model import LanguageModel
 from ..precision import float32_matmul_precision
 from .cache import METRICS_FOLDER, TEXTS_FOLDER
@@ -147,7 +148,7 @@ def overall_sparsity(layers: list[dict], key: str = "sparsity") -> float:
 def peak_memory() -> dict[str, int]:
     """Largest resident set of this process so far and, on cuda, the largest allocation of each device."""
     unit = 1 if sys.platform == "darwin" else 1024
-    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peaks = {"process": resident_peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     for index in range(torch.cuda.device_count()):
         peaks[f"cuda:{index}"] = torch.cuda.max_memory_allocated(index)
     return peaks

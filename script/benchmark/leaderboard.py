@@ -42,7 +42,7 @@ from lib.evaluate import perplexity, sparsity_by_matrix
 from lib.fisher import row_fisher, row_weights
 from lib.harness_tasks import load_tasks
 from lib.load import find_source, load_model, load_tokenizer
-from lib.memory import keep_freed_memory
+from lib.memory import forget_peak, keep_freed_memory, resident_peak
 from lib.options import options_of
 from lib.plan import apply_plan, plan
 from lib.quality import allocation_scores
@@ -294,20 +294,6 @@ def _spread(rows: list[dict], column: str) -> str:
     return f"{_mean(rows, column):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def reset_peak() -> None:
-    """Begin anew with the process's largest resident set (on Linux)."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gb() -> float | None:
-    """The process's largest resident set since then, a copy of the prunable weights included (on Linux)."""
-    if sys.platform != "linux":
-        return None
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9, 2)
-
-
 class Runner:
     """One model in memory, and whatever several runs have in common.
 
@@ -402,7 +388,7 @@ class Runner:
         windows, sampling = self._windows(config)
         calibration = windows.calibration
 
-        reset_peak()
+        forget_peak()
         self._saved = 0.0
         with self._model.restored():
             with clock("all of pruning"):
@@ -423,13 +409,14 @@ class Runner:
             layers = results.layer_records(self._model, {}, planned["targets"], sparsity_by_matrix(self._model))
         for event in events + planned["events"]:
             log.info("%s: %s", event["matrix"], event["message"])
-        seconds = clock.seconds()
+        seconds, peak = clock.seconds(), resident_peak()  # a copy of the prunable weights included
         return {
             "run": run.key, "method": config.prune_method, "settings": run.settings,
             "sparsity": config.sparsity, "seed": config.seed, **found,
             "achieved": f"{results.overall_sparsity(layers):.6f}",
             "allocation_seconds": f"{seconds['allocate'] + self._saved:.1f}",
-            "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}", "peak_memory_gb": peak_gb(),
+            "pruning_seconds": f"{seconds['all of pruning'] + shared:.1f}",
+            "peak_memory_gb": f"{peak / 1e9:.2f}" if peak else "",
             SAMPLING: f"{sampling:.1f}" if sampling >= WRITTEN else "",
         }  # fmt: skip
 
