@@ -25,8 +25,11 @@ def find_blocks(model: nn.Module, name: str) -> dict[str, nn.Module]:
 
     The blocks are the members of the outermost lists of modules with linear maps in them. Where there is more than one
     such list, the model's own forward says which blocks it reaches, and in which order. Raises RunError where it
-    has none, and where it cannot say.
+    has none, where it cannot say, and where matrices are held in another form than as weights.
     """
+    for path, module in model.named_modules():
+        if getattr(module, "holds_packed", False):
+            raise RunError(f"--model {name}: {path} is held without its zeros (sparse_model); load the checkpoint anew")
     lists = _lists(model)
     if not lists:
         raise RunError(f"--model: {type(model).__name__} has no list of decoder blocks with linear maps in them")

@@ -126,7 +126,7 @@ def take_interrupts() -> None:
 def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, kind: type[Flags] = RunConfig) -> int:
     """Parse, run, print what `run` returns; the command's exit status.
 
-    0 done, 2 a problem the user can act on, 130 interrupted; anything else keeps its traceback.
+    0 done, 2 a problem the user can act on, 130 interrupted, 141 nobody reads on; anything else keeps its traceback.
     """
     take_interrupts()
     try:
@@ -136,7 +136,7 @@ def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, ki
         set_up_logging(config.quiet or not ranks.is_main())
         said = run(config)
         if ranks.is_main():
-            print(said)
+            print(said, flush=True)
         ranks.leave()
     except RunError as error:
         who = "" if ranks.world_size() == 1 else f" on rank {ranks.rank()}"
@@ -150,4 +150,7 @@ def main(run: Callable[[Flags], str], arguments: Sequence[str] | None = None, ki
         kept = "; what was finished is kept" if "save" in fields_of(kind) else ""
         print(f"{kind.command}: interrupted{kept}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output reads no more of it, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
+        return 128 + signal.SIGPIPE
     return 0

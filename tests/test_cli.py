@@ -199,6 +199,23 @@ def test_interrupted(flags, capsys):
     assert err.count("\n") == 1
 
 
+def test_whoever_reads_the_output_may_stop(flags, capfd, monkeypatch):
+    """As `generate.py | head` does: no traceback, then or when Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    out = os.dup(1)
+    os.dup2(write, 1)
+    try:
+        with open(1, "w", closefd=False) as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert cli.main(lambda config: "what nobody reads", flags) == 141
+    finally:
+        os.dup2(out, 1)
+        os.close(out)
+        os.close(write)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("command", ["main.py", "script/finetune.py", "script/generate.py"])
 def test_interrupted_while_libraries_are_imported(command, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")

@@ -383,6 +383,8 @@ def test_generate(cache):
     sparse = sparse_model(hf, threshold=0.5)
     assert torch.equal(sparse.generate(tokens, **options), expected)
     assert sparse_model(sparse) is sparse
+    with pytest.raises(RunError, match="without its zeros"):
+        LanguageModel(sparse)
 
 
 def test_16_bits():
@@ -479,6 +481,7 @@ def test_on_another_device_than_its_tokens(form):
     layer = SparseLinear(form(sparse_matrix(8, 40, torch.bfloat16)), torch.ones(8), torch.float32)
     assert layer.to("meta")(torch.ones(2, 40, device="meta")).shape == (2, 8)
     assert layer.state_dict()["weight"].shape == layer.weight.shape == (8, 40)
+    assert "sparsity=unknown" in repr(layer)
     with pytest.raises(RuntimeError):
         layer(torch.ones(2, 40))
 

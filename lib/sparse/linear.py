@@ -26,6 +26,8 @@ class SparseLinear(nn.Module):
     transposed  whether `weight` is shown as (in, out)
     """
 
+    holds_packed = True  # lib/blocks.py refuses to prune it
+
     def __init__(
         self,
         packed: Form,
@@ -100,9 +102,10 @@ class SparseLinear(nn.Module):
         return copy.deepcopy(self)
 
     def extra_repr(self) -> str:
+        sparsity = "unknown" if self.offsets.is_meta else f"{self.packed.sparsity:.3f}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"sparsity={self.packed.sparsity:.3f}, values={str(self.kind).removeprefix('torch.')}"
+            f"sparsity={sparsity}, values={str(self.kind).removeprefix('torch.')}"
         )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -74,6 +74,13 @@ def methods(weight: torch.Tensor, batch: int) -> tuple[dict[str, list[Callable]]
     }, layer.max_tokens
 
 
+def shape_of(text: str) -> str:
+    """As --shapes takes it; argparse says in one line what does not fit."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: is no OUTxIN, such as 4096x4096")
+    return text
+
+
 @torch.no_grad()
 def measure(shape: str, sparsity: str, batch: int, repeat: int) -> dict:
     """A row of products.csv."""
@@ -187,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--shapes", nargs="+", type=shape_of, default=SHAPES)
     parser.add_argument("--sparsities", nargs="+", default=SPARSITIES)
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 4, max(TOKENS)))
     parser.add_argument("--models", type=Path, help="folder for the random checkpoints, 2 GB each")
