@@ -189,6 +189,18 @@ def test_mixed_n_of_m_by_hand():
     assert [value * 8 for value in found.values()] == [3, 4, 5]
 
 
+def test_an_allocation_that_a_pattern_undoes_says_so():
+    """1.6, 2.0 and 2.4 of 4 are 2 of 4 each."""
+    events = []
+    assert set(allocate("ww", problem([1, 2, 3]), 4, events=events).values()) == {0.5}
+    assert [event["message"] for event in events] == [
+        "all sparsities are the same in whole zeros of 4 weights: ww changes nothing"
+    ]
+    for method, scores, group in (("ww", [1, 2, 3], 8), ("ww", [1, 1, 1], 4), ("uniform", [1, 2, 3], 4)):
+        allocate(method, problem(scores), group, events=(other := []))
+        assert not other
+
+
 def test_matrices_of_a_block_share_their_n():
     found = allocate("ww", problem([1, 2, 3, 4, 9, 9], per_block=2), 8)
     values = list(found.values())

@@ -1,5 +1,6 @@
 """What an allocation is, what it may look at, and the one entry that runs it."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from ..options import Option
 from ..registry import Registry
 from ..stats import InputStats
 from .budget import S_MAX, UnreachableError, exact_multiples, round_to_pattern
+
+log = logging.getLogger(__name__)
 
 MAPPINGS = ("block_wise", "layer_wise", "mixed")
 
@@ -134,7 +137,8 @@ def allocate(
     """Sparsity of each matrix under the allocation `method`, its parameter-weighted mean equal to S.
 
     With `group`, the M of N:M, every sparsity is a multiple of 1/M and the mean as close as that allows.
-    Matrices held at a bound are noted in `events`. Raises RunError where S cannot be reached within the bounds.
+    Matrices held at a bound, and sparsities that `group` makes the same, are noted in `events`. Raises RunError where
+    S cannot be reached within the bounds.
     """
     entry = ALLOCATIONS[method]
     try:
@@ -151,4 +155,9 @@ def allocate(
     if group is None:
         return solution
     units = list(problem.members().values()) if problem.mapping == "block_wise" else [[name] for name in problem.sizes]
-    return round_to_pattern(solution, problem.sizes, units, problem.sparsity, group)
+    rounded = round_to_pattern(solution, problem.sizes, units, problem.sparsity, group)
+    if events is not None and len(set(rounded.values())) == 1 < len(set(solution.values())):
+        message = f"all sparsities are the same in whole zeros of {group} weights: {method} changes nothing"
+        log.warning("%s", message)
+        events.append({"matrix": None, "message": message})
+    return rounded
