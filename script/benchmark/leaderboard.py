@@ -22,6 +22,7 @@ import logging
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -240,7 +241,8 @@ class Board:
         self._draw()
 
     def _draw(self) -> None:
-        """Perplexity against sparsity: a curve for every method that was run at several, a grey dot for the others.
+        """Perplexity against sparsity: a curve for every method that was run at several, beside them grey dots for the
+        others.
 
         The frame is that of the curves: what is more than twice above them is in the table only.
         """
@@ -255,19 +257,20 @@ class Board:
             curves.setdefault(" ".join(filter(None, [method, extra])), []).append((sparsity, rows))
         # As at their right end, so that the legend beside them reads from top to bottom.
         curves = dict(sorted(curves.items(), key=lambda curve: -_mean(curve[1][-1][1], text.column)))
+        any_curve = any(len(points) > 1 for points in curves.values())
         figure = Figure(figsize=(11, 5), layout="constrained")
         axes = figure.subplots()
         axes.set_prop_cycle(cycler(linestyle=["-", "--"]) * cycler(color=colormaps["tab20"].colors))
         for name, points in curves.items():
             if name == DENSE:
                 axes.axhline(_mean(points[0][1], text.column), color="grey", linestyle=":", label=name)
-            elif len(points) > 1:
+            elif len(points) > 1 or not any_curve:
                 means = [_mean(rows, text.column) for _, rows in points]
                 low = [mean - min(_values(rows, text.column)) for mean, (_, rows) in zip(means, points, strict=True)]
                 high = [max(_values(rows, text.column)) - mean for mean, (_, rows) in zip(means, points, strict=True)]
                 highest = max(highest, *means)
                 places = [sparsity for sparsity, _ in points]
-                axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, label=name)
+                axes.errorbar(places, means, yerr=[low, high], marker="o", capsize=3, label=textwrap.fill(name, 44))
             else:
                 axes.plot(points[0][0], _mean(points[0][1], text.column), ".", color="grey", zorder=0, label=others)
                 others = None  # named once
@@ -276,7 +279,9 @@ class Board:
         axes.set_xticks(sorted({sparsity for sparsity, method, _ in self._methods() if method != DENSE}))
         if highest:
             axes.set_ylim(top=2 * highest)
-        figure.legend(fontsize="small", loc="outside right upper")
+        legend = figure.legend(fontsize="small", loc="outside right upper")
+        lines = sum(label.get_text().count("\n") + 1 for label in legend.get_texts())
+        figure.set_figheight(max(5, 0.2 * lines))
         figure.savefig(self._folder / "perplexity.png", dpi=120)
 
 
