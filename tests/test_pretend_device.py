@@ -478,12 +478,8 @@ def test_a_model_is_spread_only_where_it_does_not_fit(tmp_path):
         with pretended_gpus(2, free):
             return [str(device) for device in load_model(source, "auto", "float32", **needs).devices]
 
-    needed, least, weights = (
-        memory_needed(empty, 100, (1, 0)),
-        memory_needed(empty, 0, (0, 0)),
-        empty.prunable_parameters,
-    )
-    enough = size + needed
+    needed, least = (memory_needed(empty, tokens, (copies, 0)) for tokens, copies in ((100, 1), (0, 0)))
+    enough, weights = size + needed, empty.prunable_parameters
     assert needed - least == 2 * 4 * 100 * 32 + 4 * weights
     assert memory_needed(empty, 0, (0, 17)) - least == 17 * weights
     assert devices(enough, held_tokens=100, beside=(1, 0)) == ["cuda:0"]
